@@ -1,0 +1,41 @@
+# The two commands of the README, and the chores behind them. Each sets up what it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OLDEST := .venv-oldest
+PEER := .venv-kvpress
+
+.PHONY: demo test test-oldest check bench docs clean
+
+demo: $(VENV)/.installed  ## compare every method on the default model: table, out/report.html, out/results.jsonl
+	scripts/demo
+
+test: $(VENV)/.installed  ## every test, the model-backed ones included
+	scripts/test
+
+check: $(VENV)/.installed  ## lint, format and types
+	scripts/check
+
+test-oldest: $(OLDEST)/.installed  ## the tests on the oldest transformers that is supported
+	scripts/test-oldest
+
+bench: $(VENV)/.installed $(PEER)/.installed  ## speed and bytes beside kvpress
+	$(BIN)/python benchmarks/kv.py --peer $(PEER)/bin/python
+
+docs: $(VENV)/.installed  ## write the generated parts of the README anew
+	$(BIN)/python scripts/readme.py
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	scripts/install $(VENV) -e '.[dev]'
+	touch $@
+
+$(OLDEST)/.installed: pyproject.toml constraints.txt
+	scripts/install $(OLDEST) -e '.[dev]' 'transformers==5.2.0'
+	touch $@
+
+$(PEER)/.installed: constraints.txt
+	scripts/install $(PEER) 'kvpress==0.5.5' 'transformers==5.2.0'
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(OLDEST) $(PEER) out dist

@@ -1,0 +1,158 @@
+"""How fewer gets between a transformers decoder and its attention: two registered functions, nothing patched.
+
+    config._attn_implementation = "fewer_sdpa"      while a compressed cache is in use, and back afterwards
+    mask function "fewer_sdpa"                      the host's own
+    attention function "fewer_sdpa"                 the host's own, unless the keys come from a cache layer of ours,
+                                                    which then attends (and compresses) by itself
+
+A layer of ours marks the keys it hands out; models pass them on to the attention function untouched.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from fewer.adapters.hf_rotary import HostRotary, find
+from fewer.signals import ROTARY_NEEDS
+from fewer.types import Method, MissingSignal, UnsupportedModel
+
+MARK = "_fewer_layer"
+BACKENDS = ("sdpa", "eager")
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    backend: str,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The registered attention function."""
+    own = partial(_backend(backend, module), module)
+    layer = getattr(key, MARK, None)
+    if layer is None:
+        out: tuple[Tensor, Tensor | None] = own(query, key, value, attention_mask, **kwargs)
+        return out
+    return layer.attend(own, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+
+
+def _backend(name: str, module: nn.Module) -> Callable[..., Any]:
+    if name == "eager":  # every model file has its own, which is not registered
+        return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[no-any-return]
+    return ALL_ATTENTION_FUNCTIONS[name]  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Host:
+    """A model that was looked at and found fit."""
+
+    model: PreTrainedModel
+    config: Any
+    attentions: tuple[nn.Module, ...]
+    rotary: HostRotary | None
+
+    @classmethod
+    def of(cls, model: Any) -> "Host":
+        """Look at a model; `UnsupportedModel` says what is wrong with it and what would work."""
+        name = type(model).__name__
+        if not isinstance(model, PreTrainedModel):
+            raise UnsupportedModel(f"{name} is no transformers model; pass a decoder such as LlamaForCausalLM")
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise UnsupportedModel(f"{name} is on the meta device and holds no weights; load them first")
+        if model.config.is_encoder_decoder:
+            raise UnsupportedModel(f"{name} is an encoder-decoder; only decoders with one cache can be compressed")
+        config = model.config.get_text_config(decoder=True)
+        attentions = tuple(
+            m
+            for m in model.modules()
+            if getattr(m, "is_causal", False) and isinstance(getattr(m, "layer_idx", None), int)
+        )
+        if len(attentions) != config.num_hidden_layers:
+            raise UnsupportedModel(
+                f"{name} has {len(attentions)} causal self-attention layers that know their index, of "
+                f"{config.num_hidden_layers} layers: encoders, and decoders with other kinds of layers, cannot be "
+                f"compressed; pass a decoder such as LlamaForCausalLM"
+            )
+        backend = config._attn_implementation.removeprefix("fewer_")
+        if backend not in BACKENDS:
+            raise UnsupportedModel(
+                f"{name} runs attention by {backend!r}; load it with attn_implementation='sdpa' (or 'eager')"
+            )
+        attentions = tuple(sorted(attentions, key=lambda m: int(str(m.layer_idx))))
+        kinds = cls(model, config, attentions, None).plain_layers()
+        first = next((m for m, ours in zip(attentions, kinds, strict=True) if ours), attentions[0])
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return cls(model, config, attentions, find(model, first, head_dim))
+
+    def layers(self) -> list[Any]:
+        """Fresh cache layers of the kinds transformers itself would use."""
+        layers = list(DynamicCache(config=self.config).layers)
+        for layer in layers:
+            if type(layer) is not DynamicLayer and not getattr(layer, "is_sliding", False):
+                raise UnsupportedModel(
+                    f"{type(self.model).__name__} keeps a {type(layer).__name__}, which is no key-value cache that "
+                    f"can be compressed; full and sliding-window attention layers can be used"
+                )
+        return layers
+
+    def plain_layers(self) -> list[bool]:
+        """Which layers have an unbounded cache; sliding-window layers are bounded by themselves."""
+        return [type(layer) is DynamicLayer for layer in self.layers()]
+
+    def gives(self, method: Method) -> None:
+        """Raise `MissingSignal` if the method needs what this model does not have."""
+        for need in method.needs:
+            if isinstance(need, ROTARY_NEEDS) and self.rotary is None:
+                raise MissingSignal(
+                    f"{type(method).__name__} needs {type(need).__name__}, and {type(self.model).__name__} has no "
+                    f"rotary position embedding that can be used by itself"
+                )
+
+    @property
+    def attached(self) -> bool:
+        return bool(self.config._attn_implementation.startswith("fewer_"))
+
+    def attach(self) -> "Attachment":
+        """Route the model's attention through fewer until the attachment is released."""
+        return Attachment(self)
+
+
+_users: WeakKeyDictionary[PreTrainedModel, list[Any]] = WeakKeyDictionary()
+
+
+class Attachment:
+    """One user of a model's rerouted attention. The last one to release it puts the model back."""
+
+    def __init__(self, host: Host) -> None:
+        self.model: PreTrainedModel | None = host.model
+        configs = {id(c): c for c in [host.config, *(m.config for m in host.attentions)]}.values()
+        users = _users.setdefault(host.model, [0, [(c, c._attn_implementation) for c in configs]])
+        users[0] += 1
+        backend = host.config._attn_implementation.removeprefix("fewer_")
+        name = f"fewer_{backend}"
+        AttentionInterface.register(name, partial(attention, backend=backend))
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[backend])
+        for config in configs:
+            config._attn_implementation = name
+
+    def release(self) -> None:
+        """Give the model's attention back; doing so twice changes nothing."""
+        model, self.model = self.model, None
+        if model is None or model not in _users:
+            return
+        _users[model][0] -= 1
+        if _users[model][0] == 0:
+            for config, implementation in _users.pop(model)[1]:
+                config._attn_implementation = implementation

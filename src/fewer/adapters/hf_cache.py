@@ -1,0 +1,198 @@
+"""The compressed cache of a transformers decoder, and the session that hands it to a model.
+
+with fewer.compress(model, ...)      a forward pre-hook passes a Cache where the call brings none; `generate` then
+                                     carries it along as it would its own
+past_key_values=fewer.Cache(...)     the same object, made by the user
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
+from typing import Any
+from weakref import WeakSet, finalize
+
+import torch
+from transformers import PreTrainedModel, cache_utils
+
+from fewer.adapters.hf_bind import Host
+from fewer.adapters.hf_layer import Layer, Policy, Shared, When
+from fewer.methods import name_of, resolve
+from fewer.types import Budget, FewerError, Keep, LayerReport, Method, Report, UnsupportedModel
+
+__all__ = ["Cache", "Policy", "Run", "When", "session"]
+
+
+class Cache(cache_utils.Cache):  # type: ignore[misc]
+    """A cache to pass as `past_key_values`, compressed by a method as it fills.
+
+    The model's attention goes through fewer for as long as the cache lives (or until `release()`, or the end of a
+    `with` block); other caches on the same model behave as always.
+
+    Args:
+        model: a transformers decoder.
+        method, keep, when, every: as in `fewer.compress`.
+
+    Raises:
+        BudgetError, UnknownName, MissingSignal, UnsupportedModel: see `fewer.types`. Nothing is changed then.
+
+    >>> model = tiny_llama()
+    >>> with fewer.Cache(model, "knorm", keep=8) as cache:
+    ...     out = model(torch.arange(40).unsqueeze(0), past_key_values=cache)
+    >>> cache.get_seq_length(), cache.report.layers[0].kept
+    (40, ((8, 8),))
+    """
+
+    layers: list[Any]
+
+    def __init__(
+        self, model: Any, method: str | Method, keep: Keep, *, when: When = "prefill", every: int = 64
+    ) -> None:
+        policy = Policy.of(resolve(method), Budget.parse(keep), when, every)
+        self._fill(Host.of(model), policy)
+        self._attachment = self.shared.host.attach()
+        self._release = finalize(self, self._attachment.release)
+
+    @classmethod
+    def within(cls, host: Host, policy: Policy) -> "Cache":
+        """A cache that somebody else keeps the model attached for."""
+        cache = cls.__new__(cls)
+        cache._fill(host, policy)
+        return cache
+
+    def _fill(self, host: Host, policy: Policy) -> None:
+        host.gives(policy.method)
+        layers, ours = host.layers(), host.plain_layers()
+        self.shared = Shared(host, policy, sum(ours))
+        place = 0
+        for index, mine in enumerate(ours):
+            if mine:
+                layers[index] = Layer(self.shared, index, place)
+                place += 1
+        if not place:
+            raise UnsupportedModel(
+                f"{type(host.model).__name__} has sliding-window layers only, which bound their cache by themselves"
+            )
+        if place < len(layers):
+            self.shared.notes.append(f"{len(layers) - place} sliding-window layers are left alone")
+        super().__init__(layers=layers)
+
+    def freeze(self) -> None:
+        """Compress no more: what comes from now on is kept whole."""
+        self.shared.frozen = True
+
+    def release(self) -> None:
+        """Give the model's attention back. The cache can then only be read inside `fewer.compress(model, ...)`."""
+        if hasattr(self, "_release"):
+            self._release()
+
+    def __enter__(self) -> "Cache":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.release()
+
+    @property
+    def report(self) -> Report:
+        """What it holds now, layer by layer, and what compressing took."""
+        layers = []
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, Layer):
+                layers.append(layer.report())
+            else:
+                held = 0 if layer.keys is None else layer.keys.nbytes + layer.values.nbytes
+                layers.append(LayerReport(index, "left alone", (), (), (), held, held, 0, 0.0))
+        policy = self.shared.policy
+        return Report(name_of(policy.method), policy.budget.keep, tuple(layers), tuple(self.shared.notes))
+
+    def under(self, method: str | Method, keep: Keep) -> "Cache":
+        """What this cache would be under another method and budget, as a new, frozen cache; this one stays as it is.
+
+        For comparisons: one prefill with a method that keeps everything and gathers what all of them need serves all.
+        """
+        policy = Policy.of(resolve(method), Budget.parse(keep), "prefill", 1)
+        other = Cache.within(self.shared.host, policy)
+        other.shared.frozen = True
+        other.layers = [layer.under(other.shared) if isinstance(layer, Layer) else copy(layer) for layer in self.layers]
+        return other
+
+    @staticmethod
+    def stack(caches: "Sequence[Cache]") -> "Cache":
+        """The rows of several caches of one length as one frozen batch, each row as its own method left it."""
+        first = caches[0]
+        if len({cache.get_seq_length() for cache in caches}) != 1:
+            raise FewerError("stack: the caches have seen different numbers of tokens")
+        policy = Policy.of(resolve("full"), Budget.parse(1.0), "prefill", 1)
+        both = Cache.within(first.shared.host, policy)
+        both.shared.frozen = True
+        for index, layer in enumerate(first.layers):
+            column = [cache.layers[index] for cache in caches]
+            if isinstance(layer, Layer):
+                both.layers[index] = Layer.stack(column, both.shared)
+            else:
+                both.layers[index] = one = copy(layer)
+                one.keys = torch.cat([part.keys for part in column])
+                one.values = torch.cat([part.values for part in column])
+        return both
+
+
+class Run:
+    """The handle of one `fewer.compress` context."""
+
+    def __init__(self, host: Host, policy: Policy) -> None:
+        self._host, self._policy = host, policy
+        self.cache: Cache | None = None
+
+    @property
+    def report(self) -> Report:
+        """The report of the latest cache used inside the context."""
+        if self.cache is None:
+            raise FewerError("nothing was compressed yet: run the model inside the context first")
+        return self.cache.report
+
+    def hook(
+        self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[()], dict[str, Any]]:
+        """Before every forward of the model: see that it writes into a cache of ours."""
+        names = inspect.signature(model.forward).parameters
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        for name in ("input_ids", "inputs_embeds"):
+            if kwargs.get(name) is not None and kwargs[name].shape[1] == 0:
+                raise FewerError(
+                    f"{name} has shape {tuple(kwargs[name].shape)}: an empty prompt has nothing to compress"
+                )
+        if not (model.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]):
+            raise FewerError("use_cache is off, so there is no cache to compress; leave it on inside fewer.compress")
+        past = kwargs.get("past_key_values")
+        if past is None or (type(past) is cache_utils.DynamicCache and past.get_seq_length() == 0):
+            past = kwargs["past_key_values"] = Cache.within(self._host, self._policy)
+            kwargs["use_cache"] = True
+        if not isinstance(past, Cache):
+            raise UnsupportedModel(
+                f"past_key_values is a {type(past).__name__} that fewer did not make; inside fewer.compress leave it "
+                f"out, or pass fewer.Cache(...)"
+            )
+        self.cache = past
+        return (), kwargs
+
+
+_in_use: "WeakSet[PreTrainedModel]" = WeakSet()
+
+
+@contextmanager
+def session(model: Any, policy: Policy) -> Iterator[Run]:
+    """Attach, hook, yield the run, and undo both whatever happened."""
+    host = Host.of(model)
+    run = Run(host, policy)
+    Cache.within(host, policy)  # raises now what the first forward would raise
+    if model in _in_use:
+        raise FewerError(f"this {type(model).__name__} is inside fewer.compress already; leave that context first")
+    _in_use.add(model)
+    attachment = host.attach()
+    handle = model.register_forward_pre_hook(run.hook, with_kwargs=True)
+    try:
+        yield run
+    finally:
+        handle.remove()
+        attachment.release()
+        _in_use.discard(model)

@@ -1,0 +1,44 @@
+"""Random: keep tokens drawn at random. Whatever loses to this is not worth its code.
+
+    s_j ~ U(0, 1), drawn for each layer, head and position from one seed
+
+Differs from the paper: there is none. A row's draw depends on the position in the row alone, so batches and padding do
+not change it.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fewer.allocate.uniform import uniform
+from fewer.reduce.select import top_k
+from fewer.types import Allocation, Budget, Card, Plan, Tokens
+
+
+@dataclass(frozen=True)
+class Random:
+    """Uniformly random eviction.
+
+    Args:
+        seed: the only source of randomness.
+    """
+
+    seed: int = 0
+
+    card: ClassVar[Card] = Card(source="baseline", faithfulness="own")
+    needs: ClassVar[frozenset[object]] = frozenset()
+
+    def score(self, tokens: Tokens) -> Tensor:
+        b, h, _ = tokens.positions.shape
+        longest = int(tokens.positions.max()) + 1
+        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + tokens.site.layer)
+        drawn = torch.rand(longest, h, generator=draw).T.to(tokens.positions.device)  # (h, longest)
+        return drawn.expand(b, h, longest).gather(-1, tokens.positions.clamp(min=0))
+
+    def allocate(self, tokens: Tokens, scores: Tensor, budget: Budget) -> Allocation:
+        return uniform(tokens, budget)
+
+    def reduce(self, tokens: Tokens, scores: Tensor, allocation: Allocation) -> Plan:
+        return top_k(scores, allocation)

@@ -1,0 +1,277 @@
+"""What a method can ask a host to gather while the model runs, beside keys and values: its `needs`.
+
+Each need is a small frozen dataclass; `start` gives an observer, which the host feeds with every forward step that the
+policy observes. The attention function sees the rotated queries of every model family, so no need knows a model.
+
+    Queries(last=64)      the last real queries of each row           -> QueryWindow
+    Received()            attention each key got from all queries     -> Tensor (b, h, n)
+    Moments(skip=4)       mean and covariance of unrotated queries    -> QueryMoments
+    Rotation()            the model's rotary position embedding       -> Rotary
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+class Rotary(Protocol):
+    """A model's rotary position embedding, as the host's adapter found it."""
+
+    def turn(self, x: Tensor, positions: Tensor, *, back: bool = False) -> Tensor:
+        """Rotate features `(b, h, n, d)` by positions `(b, n)` or `(b, h, n)`, or back by them. Lengths are kept."""
+        ...
+
+    def mean_matrix(self, positions: Tensor) -> Tensor:
+        """The `(d, d)` mean of the rotations at `positions` `(p,)`, as the model applies them to queries."""
+        ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward at one layer, as the host shows it to observers.
+
+    `dense` gives all keys of the layer, kept and new, as `(keys, positions, padding)`; it is a function because only
+    `Received` needs them. Queries are rotated; `scaling` is the factor on the logits, `softcap` the model's tanh cap.
+    """
+
+    query: Float[Tensor, "b heads q d"]
+    positions: Int[Tensor, "b q"]
+    padding: Bool[Tensor, "b q"]
+    dense: Callable[[], tuple[Tensor, Tensor, Tensor]]
+    scaling: float
+    softcap: float | None
+    rotary: Rotary | None
+
+
+class Observer(Protocol):
+    lasting: bool
+    """Whether the signal lives on with the keys when the cache was compressed, or starts anew."""
+
+    def observe(self, step: Step) -> None: ...
+
+    def value(self) -> object:
+        """The signal, aligned with the layer's keys where it is a number for each key."""
+        ...
+
+    def regather(self, index: Int[Tensor, "b h k"]) -> None:
+        """The layer's keys were reordered or dropped: entry i now is what `index[i]` was (-1: none)."""
+        ...
+
+    def rows(self, index: Int[Tensor, " r"]) -> None:
+        """The batch rows were reordered or repeated."""
+        ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class QueryWindow:
+    """Up to `w` last real queries of each row, in order; `padding` marks those a short row does not have."""
+
+    query: Float[Tensor, "b heads w d"]
+    positions: Int[Tensor, "b w"]
+    padding: Bool[Tensor, "b w"]
+    scaling: float
+    softcap: float | None
+
+
+@dataclass(frozen=True)
+class Queries:
+    """The last `last` real queries of each row."""
+
+    last: int
+
+    key_bytes = 0
+
+    def start(self) -> "Observer":
+        return _QueryObserver(self.last)
+
+
+class _QueryObserver:
+    lasting = False
+
+    def __init__(self, last: int) -> None:
+        self.last = last
+        self.window: QueryWindow | None = None
+
+    def observe(self, step: Step) -> None:
+        query, positions, padding = step.query, step.positions, step.padding
+        if self.window is not None:
+            query = torch.cat([self.window.query, query], dim=2)
+            positions = torch.cat([self.window.positions, positions], dim=1)
+            padding = torch.cat([self.window.padding, padding], dim=1)
+        if bool(padding.any()):  # move each row's real queries to the end, keeping their order
+            order = (~padding).to(torch.int8).argsort(dim=1, stable=True)
+            query = query.gather(2, order[:, None, :, None].expand_as(query))
+            positions, padding = positions.gather(1, order), padding.gather(1, order)
+        self.window = QueryWindow(
+            query[:, :, -self.last :].clone(),  # a view would hold the whole prompt's queries
+            positions[:, -self.last :].clone(),
+            padding[:, -self.last :].clone(),
+            step.scaling,
+            step.softcap,
+        )
+
+    def value(self) -> QueryWindow | None:
+        return self.window
+
+    def regather(self, index: Tensor) -> None:
+        pass
+
+    def rows(self, index: Tensor) -> None:
+        if (w := self.window) is not None:
+            self.window = QueryWindow(w.query[index], w.positions[index], w.padding[index], w.scaling, w.softcap)
+
+    @property
+    def nbytes(self) -> int:
+        w = self.window
+        return 0 if w is None else w.query.nbytes + w.positions.nbytes + w.padding.nbytes
+
+
+@dataclass(frozen=True)
+class Received:
+    """Attention each key received, summed over all real queries so far and over the heads that share it."""
+
+    key_bytes = 4  # float32, for as long as the key is kept
+
+    def start(self) -> "Observer":
+        return _ReceivedObserver()
+
+
+class _ReceivedObserver:
+    lasting = True
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+
+    def observe(self, step: Step) -> None:
+        from fewer.score.attention import received  # score reads QueryWindow from here, so not importable above
+
+        keys, positions, padding = step.dense()
+        new = received(step, keys, positions, padding)
+        if self.total is not None:
+            new[..., : self.total.shape[-1]] += self.total  # keys only ever grow at the end between two gathers
+        self.total = new
+
+    def value(self) -> Tensor | None:
+        return self.total
+
+    def regather(self, index: Tensor) -> None:
+        if self.total is not None:
+            width = self.total.shape[-1]
+            known = (index >= 0) & (index < width)
+            self.total = torch.where(known, self.total.gather(-1, index.clamp(0, width - 1)), 0.0)
+
+    def rows(self, index: Tensor) -> None:
+        if self.total is not None:
+            self.total = self.total[index]
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.total is None else self.total.nbytes
+
+
+@dataclass(frozen=True)
+class QueryMoments:
+    """Mean and covariance of a row's unrotated queries, and the position its next query will have."""
+
+    mean: Float[Tensor, "b heads d"]
+    covariance: Float[Tensor, "b heads d d"]
+    upcoming: Int[Tensor, " b"]
+    scaling: float
+    rotary: Rotary
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and covariance of the unrotated queries, without each row's first `skip` (sinks have outlying queries)."""
+
+    skip: int
+
+    key_bytes = 0
+
+    def start(self) -> "Observer":
+        return _MomentsObserver(self.skip)
+
+
+class _MomentsObserver:
+    lasting = False
+
+    def __init__(self, skip: int) -> None:
+        self.skip = skip
+        self.n = self.mean = self.spread = self.upcoming = torch.empty(0)
+        self.scaling, self.rotary = 1.0, None  # type: float, Rotary | None
+
+    def observe(self, step: Step) -> None:
+        assert step.rotary is not None, "hosts without rotary positions refuse Moments before they run"
+        unrotated = step.rotary.turn(step.query, step.positions, back=True).float()
+        counted = (~step.padding & (step.positions >= self.skip)).float()[:, None, :, None]  # (b, 1, q, 1)
+        n = counted.sum(2)  # (b, 1, 1)
+        mean = (unrotated * counted).sum(2) / n.clamp(min=1)
+        centred = (unrotated - mean.unsqueeze(2)) * counted
+        spread = centred.transpose(-1, -2) @ centred  # (b, heads, d, d)
+        last = torch.where(step.padding, -1, step.positions).amax(1) + 1
+        if self.n.numel():  # merge the two samples' moments (Chan, Golub and LeVeque 1979)
+            delta, both = mean - self.mean, self.n + n
+            share = n / both.clamp(min=1)
+            spread = spread + self.spread + (self.n * share).unsqueeze(-1) * delta.unsqueeze(-1) * delta.unsqueeze(-2)
+            mean, n, last = self.mean + delta * share, both, torch.maximum(last, self.upcoming)
+        self.n, self.mean, self.spread, self.upcoming = n, mean, spread, last
+        self.scaling, self.rotary = step.scaling, step.rotary
+
+    def value(self) -> QueryMoments | None:
+        if self.rotary is None:
+            return None
+        covariance = self.spread / self.n.clamp(min=1).unsqueeze(-1)
+        return QueryMoments(self.mean, covariance, self.upcoming, self.scaling, self.rotary)
+
+    def regather(self, index: Tensor) -> None:
+        pass
+
+    def rows(self, index: Tensor) -> None:
+        if self.n.numel():
+            self.n, self.mean, self.spread = self.n[index], self.mean[index], self.spread[index]
+            self.upcoming = self.upcoming[index]
+
+    @property
+    def nbytes(self) -> int:
+        return self.n.nbytes + self.mean.nbytes + self.spread.nbytes + self.upcoming.nbytes
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """The model's rotary embedding itself, for methods that move keys to other positions."""
+
+    key_bytes = 4  # a moved key knows both positions
+
+    def start(self) -> "Observer":
+        return _RotationObserver()
+
+
+class _RotationObserver:
+    lasting = False
+    nbytes = 0
+
+    def __init__(self) -> None:
+        self.rotary: Rotary | None = None
+
+    def observe(self, step: Step) -> None:
+        self.rotary = step.rotary
+
+    def value(self) -> Rotary | None:
+        return self.rotary
+
+    def regather(self, index: Tensor) -> None:
+        pass
+
+    def rows(self, index: Tensor) -> None:
+        pass
+
+
+ROTARY_NEEDS = (Moments, Rotation)
+"""Needs that only a host with rotary positions can give."""

@@ -1,0 +1,410 @@
+"""The words every part of fewer speaks: what is shortened, how much may stay, and the decision itself, as data.
+
+    Tokens  ->  Allocation  ->  Plan  ->  Report
+    what there is   how many stay   who stays, who joins whom   what it saved
+
+Axes are always `b h n d`: batch rows, heads, tokens, features; tokens are next to last in features. `*lead` stands for
+the leading axes of a place, `b h` in a key-value cache.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Keep = float | int | str
+Phase = Literal["prefill", "decode"]
+Faithfulness = Literal["official", "paper", "style", "own"]
+
+
+class FewerError(ValueError):
+    """Base of every error fewer raises for something its user can mend."""
+
+
+class BudgetError(FewerError):
+    """`keep` cannot be read, or cannot be met."""
+
+
+class MissingSignal(FewerError):
+    """The method needs something that this model or place cannot give."""
+
+
+class UnsupportedModel(FewerError):
+    """The model, or a part of it, is none that fewer can work on."""
+
+
+class UnknownName(FewerError):
+    """No method, task or option has that name."""
+
+
+class FewerWarning(UserWarning):
+    """Something was not shortened as asked, and the result is still right."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much may stay, always what is KEPT.
+
+    A fraction in (0, 1] of the tokens seen so far, a count of tokens a head (an integer from 2 on; 1 and 1.0 both mean
+    everything), or bytes for the whole cache with its metadata ("64MB", "1.5GiB").
+
+    The only rounding rules of the library live here: a fraction keeps `ceil(keep * seen)` tokens, bytes are a ceiling,
+    and totals that must be split are split by largest remainder (`split`), so that they add up exactly.
+
+    >>> Budget.parse(0.25).count(1000), Budget.parse(64).count(1000), Budget.parse(64).count(10)
+    (250, 64, 10)
+    >>> Budget.parse("64MB").size
+    64000000
+    """
+
+    keep: Keep
+    fraction: float | None = None
+    tokens: int | None = None
+    size: int | None = None
+
+    _UNITS: ClassVar[Mapping[str, int]] = {
+        "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
+    }  # fmt: skip
+
+    @classmethod
+    def parse(cls, keep: Keep) -> "Budget":
+        """Read what a user wrote; `BudgetError` names the value and what would work."""
+        hint = "keep is what stays: a fraction in (0, 1], a token count such as 256, or bytes such as '64MB'"
+        if isinstance(keep, str):
+            if sized := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?B|B)\s*", keep.upper()):
+                size = int(float(sized[1]) * cls._UNITS[sized[2]])
+                if size < 1:
+                    raise BudgetError(f"keep={keep!r} is no bytes at all; {hint}")
+                return cls(keep, size=size)
+            try:
+                return cls.parse(int(keep) if re.fullmatch(r"\s*\d+\s*", keep) else float(keep))
+            except ValueError:
+                raise BudgetError(f"keep={keep!r} cannot be read; {hint}") from None
+        if isinstance(keep, bool) or not isinstance(keep, (int, float)):
+            raise BudgetError(f"keep={keep!r} cannot be read; {hint}")
+        if keep == 1:
+            return cls(keep, fraction=1.0)
+        if isinstance(keep, float):
+            if not 0 < keep < 1:  # nan fails this too
+                raise BudgetError(f"keep={keep!r} is not a fraction in (0, 1]; {hint}")
+            return cls(keep, fraction=keep)
+        if keep < 1:
+            raise BudgetError(f"keep={keep!r} would leave nothing; {hint}")
+        return cls(keep, tokens=keep)
+
+    @property
+    def whole(self) -> bool:
+        """True if everything stays."""
+        return self.fraction == 1.0
+
+    def within(self, token_bytes: int) -> "Budget":
+        """The same budget with bytes turned into tokens a head; `token_bytes` is one token in every layer, row and
+        head together, with its metadata."""
+        if self.size is None:
+            return self
+        if self.size < token_bytes:
+            raise BudgetError(
+                f"keep={self.keep!r} is below the {token_bytes:,} bytes that a single token takes in this cache "
+                f"(all layers, heads and batch rows); ask for at least that"
+            )
+        return Budget(self.keep, tokens=self.size // token_bytes)
+
+    def count(self, seen: int) -> int:
+        """Tokens that stay, of `seen` so far."""
+        if self.fraction is not None:
+            return math.ceil(self.fraction * seen - 1e-9)
+        if self.tokens is not None:
+            return min(self.tokens, seen)
+        raise BudgetError(f"keep={self.keep!r} is in bytes and needs the size of a token: call within() first")
+
+    @staticmethod
+    def split(total: int, weights: list[float], caps: list[int]) -> list[int]:
+        """Split `total` in proportion to `weights`, no part above its cap, by largest remainder: exact or an error.
+
+        >>> Budget.split(10, [1.0, 1.0, 1.0], [9, 9, 9])
+        [4, 3, 3]
+        >>> Budget.split(10, [8.0, 1.0, 1.0], [4, 9, 9])
+        [4, 3, 3]
+        """
+        if total > sum(caps):
+            raise BudgetError(f"{total} tokens cannot be placed where only {sum(caps)} fit")
+        parts = [0] * len(caps)
+        while (left := total - sum(parts)) > 0:
+            free = [i for i, cap in enumerate(caps) if parts[i] < cap]
+            mass = sum(weights[i] for i in free)
+            # where every open part weighs nothing, they share alike
+            ideal = {i: left * (weights[i] / mass if mass > 0 else 1 / len(free)) for i in free}
+            grant = {i: min(int(ideal[i]), caps[i] - parts[i]) for i in free}
+            if not any(grant.values()):
+                for i in sorted(free, key=lambda i: (grant[i] - ideal[i], i))[:left]:
+                    grant[i] = 1
+            for i, tokens in grant.items():
+                parts[i] += tokens
+        return parts
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where in the network, and when: layer `layer` of the `layers` that are shortened."""
+
+    layer: int = 0
+    layers: int = 1
+    phase: Phase = "prefill"
+
+
+S = TypeVar("S")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Everything known about the tokens at one place.
+
+    `features` are the keys in a cache. `positions` count a row's real tokens from 0, so padding never shifts them.
+    `padding` marks cells that hold no token; they come before the real ones. `protected` tokens survive whatever their
+    score. `seen` is how many real tokens each row has had so far, more than there are here if some were dropped before.
+    `signals` holds what the method's `needs` asked for, by the need's class.
+    """
+
+    features: Float[Tensor, "*lead n d"]
+    positions: Int[Tensor, "*lead n"]
+    padding: Bool[Tensor, "*lead n"]
+    protected: Bool[Tensor, "*lead n"]
+    seen: Int[Tensor, " b"]
+    values: Float[Tensor, "*lead n e"] | None = None
+    signals: Mapping[type, Any] = field(default_factory=dict)
+    site: Site = Site()
+
+    def signal(self, need: type, kind: type[S]) -> S:
+        """What the host gathered for `need`, as a `kind`."""
+        found = self.signals.get(need)
+        if not isinstance(found, kind):
+            raise MissingSignal(f"the method reads {need.__name__}, which is not in its needs or was not gathered here")
+        return found
+
+    @property
+    def available(self) -> Int[Tensor, "*lead"]:
+        """Real tokens at each leading index."""
+        return (~self.padding).sum(-1)
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """How many survive at each leading index; `floor` of them are guaranteed to that index's own best tokens.
+
+    `note` says why the counts are not what the budget asked for, where they are not.
+    """
+
+    counts: Int[Tensor, "*lead"]
+    floor: Int[Tensor, "*lead"] | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The decision, as data: for every token the slot it goes to and the weight it goes in with.
+
+    `slot` is -1 for a dropped token; `survivors` holds, slot by slot and in the original order, the token that gives
+    its key, position and identity to the slot, and -1 where a leading index has fewer slots than the longest one.
+    `moved` gives survivors new positions, where the method moves them; `note` is a remark for the report. `apply` folds
+    features, `pick` takes the survivors' own, `restore` goes back, `then` composes.
+
+    >>> plan = Plan.keep(torch.tensor([[True, False, True, True]]))
+    >>> plan.survivors.tolist(), plan.slot.tolist()
+    ([[0, 2, 3]], [[0, -1, 1, 2]])
+    >>> plan.pick(torch.tensor([[[1.0], [2.0], [3.0], [4.0]]])).flatten().tolist()
+    [1.0, 3.0, 4.0]
+    """
+
+    slot: Int[Tensor, "*lead n"]
+    weight: Float[Tensor, "*lead n"]
+    survivors: Int[Tensor, "*lead k"]
+    moved: Int[Tensor, "*lead k"] | None = None
+    note: str = ""
+
+    @classmethod
+    def keep(cls, kept: Bool[Tensor, "*lead n"]) -> "Plan":
+        """Keep the marked tokens, drop the others."""
+        slot = torch.where(kept, kept.cumsum(-1) - 1, -1)
+        counts = kept.sum(-1)
+        longest = int(counts.max()) if counts.numel() else 0
+        survivors = torch.full((*kept.shape[:-1], longest + 1), -1, dtype=torch.long, device=kept.device)
+        index = torch.arange(kept.shape[-1], device=kept.device).expand_as(slot)
+        survivors.scatter_(-1, torch.where(kept, slot, longest), index)  # dropped tokens land in a spare last column
+        return cls(slot, kept.to(torch.float32), survivors[..., :longest])
+
+    @property
+    def counts(self) -> Int[Tensor, "*lead"]:
+        """Slots at each leading index."""
+        return (self.survivors >= 0).sum(-1)
+
+    def pick(self, x: Float[Tensor, "*lead n d"]) -> Float[Tensor, "*lead k d"]:
+        """The survivors' own features; zeros in slots that do not exist."""
+        filled = (self.survivors >= 0).unsqueeze(-1)
+        index = self.survivors.clamp(min=0).unsqueeze(-1).expand(*self.survivors.shape, x.shape[-1])
+        return x.gather(-2, index) * filled
+
+    def apply(self, x: Float[Tensor, "*lead n d"]) -> Float[Tensor, "*lead k d"]:
+        """Fold all tokens into their slots, each with its weight."""
+        into = torch.where(self.slot >= 0, self.slot, self.survivors.shape[-1])
+        out = x.new_zeros(*x.shape[:-2], self.survivors.shape[-1] + 1, x.shape[-1])
+        out.scatter_add_(-2, into.unsqueeze(-1).expand_as(x), x * self.weight.unsqueeze(-1).to(x.dtype))
+        return out[..., :-1, :]
+
+    def restore(self, y: Float[Tensor, "*lead k d"], how: str = "copy") -> Float[Tensor, "*lead n d"]:
+        """Back to the original length; see `fewer.restore` for the ways."""
+        from fewer.restore import restore  # restore.py speaks of plans, so it cannot be imported above
+
+        return restore(self, y, how)
+
+    def then(self, later: "Plan") -> "Plan":
+        """This plan, and `later` on what it leaves, as one plan."""
+        gone = self.slot < 0
+        at = self.slot.clamp(min=0)
+        slot = torch.where(gone, -1, later.slot.gather(-1, at))
+        weight = torch.where(slot < 0, 0.0, self.weight * later.weight.gather(-1, at))
+        survivors = self.survivors.gather(-1, later.survivors.clamp(min=0))
+        return Plan(slot, weight, torch.where(later.survivors < 0, -1, survivors), later.moved)
+
+    def check(self, padding: Bool[Tensor, "*lead n"] | None = None) -> None:
+        """Raise if the plan loses, invents or reorders tokens."""
+        real = self.survivors >= 0
+        home = self.slot.gather(-1, self.survivors.clamp(min=0))
+        own = torch.arange(self.survivors.shape[-1], device=home.device).expand_as(home)
+        if bool((real & (home != own)).any()):
+            raise FewerError("the plan's survivors are not in their own slots: a token would be lost silently")
+        steps, follows = self.survivors.diff(dim=-1), real[..., 1:]
+        if bool((follows & ((steps <= 0) | ~real[..., :-1])).any()):
+            raise FewerError("the plan's survivors are not in their original order")
+        if bool((self.slot >= self.counts.unsqueeze(-1)).any()):
+            raise FewerError("the plan sends a token to a slot that does not exist")
+        if padding is not None and bool((padding & (self.slot >= 0)).any()):
+            raise FewerError("the plan keeps padding")
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a reader wants to know of a method before using it; printed by `fewer methods` and `fewer show`.
+
+    `faithfulness`: "official" is equal to the authors' code on tensors, "paper" is written from the paper's text,
+    "style" from incomplete sources, "own" has no paper. `slugs` name the entries of the project's list of systems that
+    the method makes work.
+    """
+
+    source: str
+    faithfulness: Faithfulness
+    mechanism: str = "evict"
+    training: str = "none"
+    differs: str = "nothing known"
+    slugs: tuple[str, ...] = ()
+
+
+class Need(Protocol):
+    """A signal that a method asks its host to gather; see `fewer.signals`. `key_bytes` is what it costs a kept key."""
+
+    key_bytes: int
+
+    def start(self) -> Any: ...
+
+
+@runtime_checkable
+class Method(Protocol):
+    """What a method is: four members, nothing to inherit. Every method's file writes all of them."""
+
+    @property
+    def needs(self) -> frozenset[Any]:
+        """The signals it reads, as instances of classes in `fewer.signals`."""
+        ...
+
+    def score(self, tokens: Tokens) -> Tensor:
+        """One number for each token (`*lead n`), higher = keep; +inf must stay. A method never writes into tokens."""
+        ...
+
+    def allocate(self, tokens: Tokens, scores: Tensor, budget: Budget) -> Allocation:
+        """How many survive at each leading index."""
+        ...
+
+    def reduce(self, tokens: Tokens, scores: Tensor, allocation: Allocation) -> Plan:
+        """Who survives, and who joins whom."""
+        ...
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer of a cache. `kept` is tokens for each row and head; bytes are of tensors really held.
+
+    `state` is "compressed", "whole" (everything kept) or "left alone" (sliding-window layers bound themselves). `seen`
+    and `asked` are tokens for each row: those that came by, and those a head was to keep when last compressed.
+    `bytes_full` is what transformers' own cache would hold; `metadata` is the part of `bytes_kept` that is neither
+    keys nor values.
+    """
+
+    layer: int
+    state: Literal["compressed", "whole", "left alone"]
+    seen: tuple[int, ...]
+    asked: tuple[int, ...]
+    kept: tuple[tuple[int, ...], ...]
+    bytes_full: int
+    bytes_kept: int
+    metadata: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What compressing one cache saved and cost. `print` it, or read `layers`."""
+
+    method: str
+    keep: Keep
+    layers: tuple[LayerReport, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def bytes_full(self) -> int:
+        return sum(layer.bytes_full for layer in self.layers)
+
+    @property
+    def bytes_kept(self) -> int:
+        return sum(layer.bytes_kept for layer in self.layers)
+
+    @property
+    def metadata(self) -> int:
+        return sum(layer.metadata for layer in self.layers)
+
+    @property
+    def seconds(self) -> float:
+        return sum(layer.seconds for layer in self.layers)
+
+    @property
+    def kept(self) -> float:
+        """Share of cache entries kept, over the layers that can be shortened."""
+        mine = [layer for layer in self.layers if layer.state != "left alone"]
+        entries = sum(seen * len(row) for layer in mine for seen, row in zip(layer.seen, layer.kept, strict=True))
+        return sum(sum(row) for layer in mine for row in layer.kept) / entries if entries else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        from dataclasses import asdict
+
+        totals = ("bytes_full", "bytes_kept", "metadata", "seconds")
+        return {**asdict(self), "kept": self.kept, **{name: getattr(self, name) for name in totals}}
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.method} keep={self.keep}: kept {self.kept:.1%} of the entries, "
+            f"{self.bytes_kept:,} of {self.bytes_full:,} bytes ({self.metadata:,} of them metadata), "
+            f"{self.seconds * 1000:.0f} ms spent compressing",
+            "layer  state       asked   kept a head (least-most)        bytes kept / full",
+        ]
+        for layer in self.layers:
+            heads = [count for row in layer.kept for count in row]
+            span = f"{min(heads)}-{max(heads)}" if heads else "-"
+            lines.append(
+                f"{layer.layer:5d}  {layer.state:10s} {max(layer.asked, default=0):6d}   {span:>24s}   "
+                f"{layer.bytes_kept:>12,} / {layer.bytes_full:,}"
+            )
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
