@@ -11,13 +11,14 @@ policy observes. The attention function sees the rotated queries of every model 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
+@runtime_checkable
 class Rotary(Protocol):
     """A model's rotary position embedding, as the host's adapter found it."""
 
@@ -47,6 +48,7 @@ class Step:
     rotary: Rotary | None
 
 
+@runtime_checkable
 class Observer(Protocol):
     lasting: bool
     """Whether the signal lives on with the keys when the cache was compressed, or starts anew."""

@@ -303,6 +303,7 @@ class Card:
     slugs: tuple[str, ...] = ()
 
 
+@runtime_checkable
 class Need(Protocol):
     """A signal that a method asks its host to gather; see `fewer.signals`. `key_bytes` is what it costs a kept key."""
 

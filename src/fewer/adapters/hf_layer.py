@@ -458,7 +458,7 @@ class Layer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
             bytes_full=b * h * self.length * entry,
             bytes_kept=data + metadata,
             metadata=metadata,
-            seconds=self.seconds,
+            seconds=self.seconds + sum(self.watched.values()),
         )
 
 

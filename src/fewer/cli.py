@@ -1,0 +1,238 @@
+"""The command line: thin functions that read options and call the library."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fewer.compress import compress
+from fewer.methods import METHODS, resolve
+from fewer.types import Budget, FewerError, Keep, UnknownName
+
+if TYPE_CHECKING:
+    from fewer_eval.tasks import Task
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
+out = Console()
+err = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="End with one line of JSON and print nothing else to stdout.")]
+ModelName = Annotated[str, typer.Option("--model", help="A path, a hub name, or 'default'.")]
+
+
+def describe(name: str) -> dict[str, Any]:
+    """One method as plain data, the same for the table, `--json` and the README."""
+    cls = METHODS[name]
+    method, card = resolve(name), cls.card
+    return {
+        "name": name,
+        "family": cls.__module__.split(".")[2],
+        "mechanism": card.mechanism,
+        "training": card.training,
+        "needs": sorted(type(need).__name__.lower() for need in method.needs),
+        "faithfulness": card.faithfulness,
+        "source": card.source,
+        "papers": list(card.slugs),
+    }
+
+
+@app.command()
+def methods(
+    family: Annotated[str | None, typer.Option(help="Only this family, such as kv.")] = None, as_json: Json = False
+) -> None:
+    """List the methods by family and mechanism."""
+    found = [describe(name) for name in METHODS]
+    families = sorted({method["family"] for method in found})
+    if family is not None and family not in families:
+        raise UnknownName(f"--family {family!r}: known families are {', '.join(families)}")
+    found = [method for method in found if family in (None, method["family"])]
+    if as_json:
+        print(json.dumps(found))  # noqa: T201  # plain, for machines: rich would wrap it
+        return
+    table = Table("name", "family", "mechanism", "training", "needs", "faithfulness", "source")
+    for method in sorted(found, key=lambda m: (m["family"], m["mechanism"])):
+        table.add_row(*(", ".join(v) if isinstance(v, list) else v for k, v in method.items() if k != "papers"))
+    out.print(table)
+
+
+@app.command()
+def show(method: str, as_json: Json = False) -> None:
+    """Show one method: what it does, what it needs, how faithful it is, where it comes from."""
+    made = resolve(method)
+    cls = METHODS[method]
+    described = describe(method)
+    text = (sys.modules[cls.__module__].__doc__ or "").strip()
+    if as_json:
+        print(json.dumps({**described, "text": text, "differs": cls.card.differs, "defaults": repr(made)}))  # noqa: T201
+        return
+    out.print(text, highlight=False, markup=False)
+    out.print()
+    for key in ("family", "mechanism", "training", "needs", "faithfulness", "source"):
+        value = described[key]
+        out.print(f"{key + ':':14s}{', '.join(value) or 'nothing' if isinstance(value, list) else value}", markup=False)
+    out.print(f"{'defaults:':14s}{made}", markup=False)
+
+
+@app.command()
+def compare(
+    methods: Annotated[str, typer.Option(help="Names, comma-separated, or 'all'.")] = "all",
+    keep: Annotated[str, typer.Option(help="Budgets, comma-separated: fractions, token counts or bytes.")] = "0.5,0.25",
+    tasks: Annotated[str, typer.Option(help="Names, comma-separated, or 'all'.")] = "needle-single,text",
+    tokens: Annotated[int, typer.Option(help="Length of a context in tokens.", min=64)] = 1000,
+    samples: Annotated[int, typer.Option(help="Samples of each task.", min=1)] = 20,
+    seed: int = 0,
+    data: Annotated[Path | None, typer.Option(help="Your own JSONL of context, question, answer, as the task.")] = None,
+    unseen: Annotated[bool, typer.Option(help="With --data: hide the question from the compressor.")] = False,
+    folder: Annotated[Path, typer.Option("--out", help="Where report.html and results.jsonl go.")] = Path("out"),
+    model: ModelName = "default",
+    as_json: Json = False,
+) -> None:
+    """Measure what methods save and lose on a model: a table, DIR/report.html and DIR/results.jsonl."""
+    from fewer_eval import tasks as known
+    from fewer_eval.schema import Question
+
+    names = list(METHODS) if methods == "all" else _listed(methods)
+    chosen = [resolve(name) for name in names]
+    keeps = [_keep(text) for text in _listed(keep)]
+    own = None if data is None else known.from_jsonl(data)
+    run = [own] if own is not None else _tasks(tasks)
+    if unseen and own is None:
+        raise FewerError("--unseen goes with --data; the built-in tasks are measured both ways")
+    questions: tuple[Question, ...] = ("unseen", "seen") if own is None else ("unseen",) if unseen else ("seen",)
+    _compare(model, run, chosen, keeps, tokens, samples, seed, questions, folder, as_json)
+
+
+def _compare(
+    model_name: str, tasks: "list[Task]", chosen: list[Any], keeps: list[Keep], tokens: int, samples: int, seed: int,
+    questions: Any, folder: Path, as_json: bool,
+) -> None:  # fmt: skip
+    from datetime import date
+
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from fewer.models import load
+    from fewer_eval import environment, report
+    from fewer_eval.runner import TEXT_SAMPLES, compare
+    from fewer_eval.schema import RunInfo
+
+    model, tokenizer = load(model_name, say=err.print)
+    total = sum(min(samples, TEXT_SAMPLES) if task.kind == "text" else samples for task in tasks)
+    columns = (TextColumn("{task.description:24s}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=err) as progress:
+        bar, started = progress.add_task("loading", total=total), [False]
+
+        def tick(what: str) -> None:
+            progress.update(bar, description=what, advance=int(started[0]))
+            started[0] = True
+
+        done = compare(
+            model, tokenizer, tasks, chosen, keeps, tokens=tokens, samples=samples, seed=seed, questions=questions,
+            model_name=model_name, tick=tick,
+        )  # fmt: skip
+        progress.update(bar, description="done", completed=total)
+    info = RunInfo(
+        model=model_name, command=" ".join(["fewer", *sys.argv[1:]]), date=date.today().isoformat(), seed=seed,
+        tokens=tokens, samples=samples, hardware=environment.hardware(), versions=environment.versions(),
+        kept=done.kept, notes=done.notes,
+    )  # fmt: skip
+    report.write_html(folder / "report.html", done.rows, info)
+    report.write_jsonl(folder / "results.jsonl", done.rows, info)
+    if as_json:
+        print(json.dumps({"rows": [row.to_dict() for row in done.rows]}))  # noqa: T201
+        return
+    out.print(report.table(done.rows))
+    out.print(report.summary(done.rows), highlight=False)
+    out.print(f"wrote {folder / 'report.html'} and {folder / 'results.jsonl'}", highlight=False)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; or give --file.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Read the prompt from a text file ('-' is standard input).")] = None,
+    method: str = "snapkv",
+    keep: str = "0.25",
+    when: Annotated[str, typer.Option(help="Compress at 'prefill', 'decode' or 'both'.")] = "prefill",
+    every: Annotated[int, typer.Option(help="Decoding steps between two compressions.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    plain: Annotated[bool, typer.Option(help="Do not wrap the prompt in the model's chat template.")] = False,
+    model: ModelName = "default",
+    as_json: Json = False,
+) -> None:
+    """Answer a prompt from a compressed cache; the text goes to stdout, the report to stderr."""
+    import torch
+
+    from fewer.models import load
+
+    text = _prompt(prompt, file)
+    chosen, budget = resolve(method), _keep(keep)
+    loaded, tokenizer = load(model, say=err.print)
+    if not plain and tokenizer.chat_template is not None:
+        message = [{"role": "user", "content": text}]
+        text = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=plain)
+    with torch.inference_mode(), compress(loaded, chosen, budget, when=when, every=every) as run:  # type: ignore[arg-type]
+        tokens = loaded.generate(**ids, max_new_tokens=max_new_tokens, do_sample=False)
+    answer = str(tokenizer.decode(tokens[0, ids.input_ids.shape[1] :], skip_special_tokens=True))
+    if as_json:
+        print(json.dumps({"text": answer, "report": run.report.to_dict()}))  # noqa: T201
+        return
+    print(answer)  # noqa: T201
+    err.print(str(run.report), highlight=False, markup=False)
+
+
+def _prompt(prompt: str | None, file: Path | None) -> str:
+    if (prompt is None) == (file is None):
+        raise FewerError("give a prompt, or --file, and not both")
+    if prompt is None:
+        assert file is not None
+        try:
+            prompt = sys.stdin.buffer.read().decode() if str(file) == "-" else file.read_bytes().decode()
+        except OSError as error:
+            raise FewerError(f"--file {file}: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise FewerError(f"--file {file} is not UTF-8 text (byte {error.start})") from None
+    if not prompt.strip():
+        raise FewerError("the prompt is empty")
+    return prompt
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _keep(text: str) -> Keep:
+    return Budget.parse(text).keep
+
+
+def _tasks(text: str) -> "list[Task]":
+    from difflib import get_close_matches
+
+    from fewer_eval.tasks import TASKS
+
+    names = list(TASKS) if text == "all" else _listed(text)
+    for name in names:
+        if name not in TASKS:
+            near = " or ".join(get_close_matches(name, TASKS, n=3)) or "one of them"
+            raise UnknownName(f"--tasks {name!r}: did you mean {near}? Known are {', '.join(TASKS)}")
+    return [TASKS[name] for name in names]
+
+
+def main() -> None:
+    """Run the command line; what a user can mend is one line on stderr and exit code 2."""
+    try:
+        app()
+    except FewerError as error:
+        err.print(f"fewer: {error}", style="red", highlight=False, markup=False)
+        raise SystemExit(2) from None

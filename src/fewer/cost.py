@@ -1,0 +1,71 @@
+"""What a decoder costs in closed form: tokens, FLOPs and bytes. No timing here, and nothing is run.
+
+These are the floors that a benchmark prints beside what it measured.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from fewer.types import Budget, Keep
+
+POSITION_BYTES = 4
+"""Each kept entry knows its position, as an int32."""
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The sizes of a decoder that its costs follow from.
+
+    `parameters` are all weights that a step reads: tied embeddings count once, as the output matrix.
+
+    >>> tiny = Decoder(layers=2, heads=4, kv_heads=2, head_dim=8, parameters=1000, itemsize=4)
+    >>> tiny.cache_bytes(10)
+    2560
+    >>> tiny.cache_bytes(10, keep=0.5)  # half of it, and a position for each of the 5 * 2 * 2 entries
+    1360
+    """
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    parameters: int
+    itemsize: int
+
+    @classmethod
+    def of(cls, model: Any) -> "Decoder":
+        """Read a transformers decoder's sizes; every layer is taken to be a full-attention one."""
+        config = model.config.get_text_config(decoder=True)
+        weights = {id(p): p for p in model.parameters()}.values()
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return cls(
+            layers=config.num_hidden_layers,
+            heads=config.num_attention_heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+            head_dim=head_dim,
+            parameters=sum(p.numel() for p in weights),
+            itemsize=next(iter(weights)).element_size(),
+        )
+
+    def cache_bytes(self, tokens: int, *, rows: int = 1, keep: Keep = 1.0) -> int:
+        """Bytes of the cache of `rows` prompts of `tokens` tokens, right after compression, metadata included.
+
+        Packed keys and values and their positions; what the full cache holds where everything stays.
+        """
+        budget = Budget.parse(keep)
+        entry = 2 * self.head_dim * self.itemsize
+        places = rows * self.layers * self.kv_heads
+        if budget.whole:
+            return places * tokens * entry
+        budget = budget.within(places * (entry + POSITION_BYTES))
+        kept = budget.count(tokens)
+        return places * kept * (entry + (POSITION_BYTES if kept < tokens else 0))
+
+    def prefill_flops(self, tokens: int) -> int:
+        """Multiply-adds count two: two for each weight and token, and causal attention's scores and values."""
+        attention = 2 * 2 * self.layers * self.heads * self.head_dim * tokens * (tokens + 1) // 2
+        return 2 * self.parameters * tokens + attention
+
+    def decode_bytes(self, cache_bytes: int) -> int:
+        """Bytes that one decoding step cannot avoid reading: every weight, and the cache."""
+        return self.parameters * self.itemsize + cache_bytes
