@@ -2,7 +2,6 @@
 
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from fewer_eval.tasks import Task
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
-out = Console()
+out = Console(width=None if sys.stdout.isatty() else 140)  # in a pipe, wide enough for the tables
 err = Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="End with one line of JSON and print nothing else to stdout.")]
@@ -182,8 +181,9 @@ def generate(
         message = [{"role": "user", "content": text}]
         text = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=plain)
-    with torch.inference_mode(), compress(loaded, chosen, budget, when=when, every=every) as run:  # type: ignore[arg-type]
-        tokens = loaded.generate(**ids, max_new_tokens=max_new_tokens, do_sample=False)
+    with torch.inference_mode(), compress(loaded, chosen, budget, when=when, every=every) as run:
+        run_model: Any = loaded.generate  # its type is lost behind the model class's attributes
+        tokens = run_model(**ids, max_new_tokens=max_new_tokens, do_sample=False)
     answer = str(tokenizer.decode(tokens[0, ids.input_ids.shape[1] :], skip_special_tokens=True))
     if as_json:
         print(json.dumps({"text": answer, "report": run.report.to_dict()}))  # noqa: T201

@@ -14,7 +14,7 @@ from fewer.methods import resolve
 from fewer.types import Budget, BudgetError, FewerError, Keep, Method, Plan, Tokens
 
 if TYPE_CHECKING:
-    from fewer.adapters.hf_cache import Run, When
+    from fewer.adapters.hf_cache import Run
 
 
 def step(method: Method, budget: Budget, tokens: Tokens) -> Plan:
@@ -41,7 +41,7 @@ def _promised(method: Method, tokens: Tokens, counts: torch.Tensor, plan: Plan) 
 
 @contextmanager
 def compress(
-    model: Any, method: str | Method, keep: Keep, *, when: "When" = "prefill", every: int = 64
+    model: Any, method: str | Method, keep: Keep, *, when: str = "prefill", every: int = 64
 ) -> Iterator["Run"]:
     """Shorten what a model keeps, for as long as the context lasts; leaving it restores the model bit for bit.
 

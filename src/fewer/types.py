@@ -82,9 +82,10 @@ class Budget:
                     raise BudgetError(f"keep={keep!r} is no bytes at all; {hint}")
                 return cls(keep, size=size)
             try:
-                return cls.parse(int(keep) if re.fullmatch(r"\s*\d+\s*", keep) else float(keep))
+                number = int(keep) if re.fullmatch(r"\s*[+-]?\d+\s*", keep) else float(keep)
             except ValueError:
                 raise BudgetError(f"keep={keep!r} cannot be read; {hint}") from None
+            return cls.parse(number)
         if isinstance(keep, bool) or not isinstance(keep, (int, float)):
             raise BudgetError(f"keep={keep!r} cannot be read; {hint}")
         if keep == 1:

@@ -16,11 +16,11 @@ import torch
 from transformers import PreTrainedModel, cache_utils
 
 from fewer.adapters.hf_bind import Host
-from fewer.adapters.hf_layer import Layer, Policy, Shared, When
+from fewer.adapters.hf_layer import Layer, Policy, Shared
 from fewer.methods import name_of, resolve
 from fewer.types import Budget, FewerError, Keep, LayerReport, Method, Report, UnsupportedModel
 
-__all__ = ["Cache", "Policy", "Run", "When", "session"]
+__all__ = ["Cache", "Policy", "Run", "session"]
 
 
 class Cache(cache_utils.Cache):  # type: ignore[misc]
@@ -45,9 +45,7 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
 
     layers: list[Any]
 
-    def __init__(
-        self, model: Any, method: str | Method, keep: Keep, *, when: When = "prefill", every: int = 64
-    ) -> None:
+    def __init__(self, model: Any, method: str | Method, keep: Keep, *, when: str = "prefill", every: int = 64) -> None:
         policy = Policy.of(resolve(method), Budget.parse(keep), when, every)
         self._fill(Host.of(model), policy)
         self._attachment = self.shared.host.attach()

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 from weakref import ref
 
 import torch
@@ -47,12 +47,12 @@ class Policy:
     every: int = 64
 
     @classmethod
-    def of(cls, method: Method, budget: Budget, when: When, every: int) -> "Policy":
+    def of(cls, method: Method, budget: Budget, when: str, every: int) -> "Policy":
         if when not in ("prefill", "decode", "both"):
             raise FewerError(f"when={when!r}: compress at 'prefill', 'decode' or 'both'")
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise FewerError(f"every={every!r}: a number of decoding steps, at least 1")
-        return cls(method, budget, when, every)
+        return cls(method, budget, cast(When, when), every)
 
     def covers(self, phase: str) -> bool:
         return self.when in (phase, "both")

@@ -1,0 +1,214 @@
+"""Speed and bytes of compressed caches, beside kvpress, on the default model.
+
+What is measured, in words. A prefill of n tokens costs about 2 n FLOPs a weight, so compressing may add little to it;
+a decoding step reads every weight and the whole cache, so a smaller cache can save at most the cache's share of those
+bytes: that share is the floor printed beside each ratio. Held bytes are the tensors the cache really holds.
+
+Everything is a ratio of two things timed in turn, A B A B, in one process: shared machines drift. kvpress needs an older
+transformers and runs in an environment of its own, on the same token ids, scorer and keep, with its own plain model as
+its denominator. Correctness comes first: kept positions must equal those of kvpress where the rules are the same, and
+keeping everything must not change a logit; otherwise nothing is timed.
+
+    python benchmarks/kv.py --peer .venv-kvpress/bin/python [--tokens 4096] [--repeats 3] [--json results/x.json]
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+import fewer
+from fewer import models
+from fewer.cost import Decoder
+from fewer.methods.kv.adakv import AdaKV
+from fewer.methods.kv.expected_attention import ExpectedAttention
+from fewer.methods.kv.knorm import KNorm
+from fewer.methods.kv.snapkv import SnapKV
+from fewer_eval import environment, text
+
+KEEP = 0.25
+METHODS = {
+    "knorm": KNorm(),
+    "snapkv": SnapKV(),
+    "adakv": AdaKV(SnapKV()),  # around the scorer that kvpress wraps too
+    "expected-attention": ExpectedAttention(),
+}
+STEPS = 16
+
+
+def sync() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
+    sync()
+    start = time.perf_counter()
+    out = run()
+    sync()
+    return time.perf_counter() - start, out
+
+
+@torch.inference_mode()
+def decode(model: Any, ids: torch.Tensor, cache: Any) -> float:
+    """Median seconds of a decoding step on this cache, after two that do not count."""
+    times = []
+    for step in range(STEPS + 2):
+        took, _ = seconds(lambda step=step: model(ids[:, step : step + 1], past_key_values=cache, logits_to_keep=1))
+        times.append(took)
+    return statistics.median(times[2:])
+
+
+def held(cache: Any) -> int:
+    """Bytes of the storages that a cache's tensors keep alive, found by walking it, not by asking it."""
+    storages: dict[int, int] = {}
+    seen: set[int] = set()
+
+    def walk(thing: Any) -> None:
+        if id(thing) in seen or isinstance(thing, torch.nn.Module):
+            return
+        seen.add(id(thing))
+        if isinstance(thing, torch.Tensor):
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(thing, dict):
+            for value in thing.values():
+                walk(value)
+        elif isinstance(thing, (list, tuple)):
+            for value in thing:
+                walk(value)
+        elif type(thing).__module__.startswith(("fewer.ragged", "fewer.signals", "fewer.adapters.hf_layer", "transformers")):
+            walk({k: v for k, v in vars(thing).items() if k not in ("shared", "host")})
+
+    walk(cache.layers)
+    return sum(storages.values())
+
+
+@torch.inference_mode()
+def correct(model: Any, ids: torch.Tensor) -> None:
+    """Keeping everything changes no logit; otherwise nothing may be timed."""
+    short = ids[:, :257]
+    plain = model(short).logits
+    with fewer.compress(model, "full", keep=1.0):
+        if not torch.equal(model(short).logits, plain):
+            raise SystemExit("keeping everything changed the logits: nothing is timed")
+
+
+@torch.inference_mode()
+def ours(model: Any, ids: torch.Tensor, repeats: int) -> dict[str, dict[str, Any]]:
+    """Ratios of each method to the plain model, timed in turn."""
+    results: dict[str, dict[str, Any]] = {}
+    model(ids[:, :512])
+    for name, method in METHODS.items():
+        prefill, step, bytes_ratio = [], [], 0.0
+        for _ in range(repeats):
+            plain, out = seconds(lambda: model(ids, logits_to_keep=1))
+            full_step, full_bytes = decode(model, ids, out.past_key_values), held(out.past_key_values)
+            del out
+            with fewer.compress(model, method, keep=KEEP):
+                took, out = seconds(lambda: model(ids, logits_to_keep=1))
+                bytes_ratio = held(out.past_key_values) / full_bytes_of(model, ids.shape[1])
+                step.append((decode(model, ids, out.past_key_values), full_step))
+            del out, full_bytes
+            prefill.append((took, plain))
+        results[name] = {
+            "prefill_ratio": statistics.median(a / b for a, b in prefill),
+            "prefill_s": statistics.median(b for _, b in prefill),
+            "decode_ratio": statistics.median(a / b for a, b in step),
+            "decode_ms": statistics.median(a for a, _ in step) * 1000,
+            "decode_full_ms": statistics.median(b for _, b in step) * 1000,
+            "held_ratio": bytes_ratio,
+        }
+    return results
+
+
+def full_bytes_of(model: Any, tokens: int) -> int:
+    return Decoder.of(model).cache_bytes(tokens)
+
+
+def kept_positions(model: Any, ids: torch.Tensor, names: list[str]) -> dict[str, list[list[int]]]:
+    """Sorted kept positions of every head of a few layers, to be compared with the peer's."""
+    found = {}
+    with torch.inference_mode():
+        for name in names:
+            with fewer.compress(model, METHODS[name], keep=KEEP) as run:
+                model(ids, logits_to_keep=1)
+            layer = run.cache.layers[0]
+            found[name] = [layer.kept.positions[a:b].tolist() for a, b in layer.kept.bounds[0]]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", help="the python of an environment with kvpress 0.5.5")
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="also write the result here")
+    options = parser.parse_args()
+
+    path = models.default_model_path(say=print)
+    model, tokenizer = models.load("default")
+    ids = tokenizer(text.novel()[: options.tokens * 8], return_tensors="pt").input_ids[:, : options.tokens]
+    decoder = Decoder.of(model)
+    full = decoder.cache_bytes(options.tokens)
+    floor = decoder.decode_bytes(int(full * KEEP)) / decoder.decode_bytes(full)
+
+    correct(model, ids)
+    peer: dict[str, Any] = {}
+    if options.peer:
+        with tempfile.TemporaryDirectory() as folder:
+            given = Path(folder, "in.json")
+            given.write_text(json.dumps({
+                "model": str(path), "ids": ids[0].tolist(), "keep": KEEP, "repeats": options.repeats, "steps": STEPS,
+                "check": 600, "threads": torch.get_num_threads(),
+            }))  # fmt: skip
+            done = subprocess.run(
+                [options.peer, str(Path(__file__).parent / "kvpress_side.py"), str(given)],
+                stdout=subprocess.PIPE, text=True, check=True,
+            )  # fmt: skip
+        peer = json.loads(done.stdout.splitlines()[-1])
+        mine = kept_positions(model, ids[:, :600], ["knorm", "snapkv", "expected-attention"])
+        for name, heads in mine.items():
+            agree = [len(set(a) & set(b)) / len(a) for a, b in zip(heads, peer["kept"][name], strict=True)]
+            print(f"kept positions shared with kvpress, first layer, {name}: {min(agree):.1%} of the worst head")
+            if min(agree) < 0.97:
+                raise SystemExit(f"{name} does not keep what kvpress keeps: nothing is timed")
+    results = ours(model, ids, options.repeats)
+
+    table = Table("", "prefill / plain", "kvpress", "decode / full", "kvpress", "floor", "held / full", "kvpress")
+    for name, row in results.items():
+        other = peer.get("results", {}).get(name, {})
+        shown = [f"{other[key]:.3f}" if other else "–" for key in ("prefill_ratio", "decode_ratio", "held_ratio")]
+        table.add_row(
+            name, f"{row['prefill_ratio']:.3f}", shown[0], f"{row['decode_ratio']:.3f}", shown[1], f"{floor:.3f}",
+            f"{row['held_ratio']:.4f}", shown[2],
+        )  # fmt: skip
+    Console(width=120).print(table)
+    record = {
+        "benchmark": "kv", "date": date.today().isoformat(), "tokens": options.tokens, "keep": KEEP,
+        "repeats": options.repeats, "model": "SmolLM2-135M-Instruct, float32", "floor_decode": floor,
+        "threads": torch.get_num_threads(), "hardware": environment.hardware(),
+        "versions": {**environment.versions(), "transformers": transformers.__version__, "python": platform.python_version()},
+        "fewer": results, "kvpress": peer.get("results"), "kvpress_versions": peer.get("versions"),
+    }  # fmt: skip
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,309 @@
+"""Compare methods on tasks: one prefill serves them all, and their caches decode side by side as rows of one batch.
+
+    prefill the context once, gathering what any method needs        -> a cache that kept everything
+    under(method, keep) for each                                     -> question unseen
+    read the question into the full cache, then under() again        -> question seen
+    stack the caches as one batch: read the question (unseen), answer greedily, grade
+
+Every method here acts after the prefill it is given, so this is what compressing in line does; a test holds it to that.
+"""
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fewer import Cache
+from fewer.methods import name_of, resolve
+from fewer.methods.kv.full import Full
+from fewer.types import Budget, FewerError, Keep, Method
+from fewer_eval.schema import Question, Row
+from fewer_eval.tasks import Example, Task
+
+TEXT_SAMPLES = 4
+"""Most samples of running text: each holds over a hundred predictions, and they are read method by method."""
+
+GREEDY = 32
+"""Tokens of the full model's greedy continuation that loyalty is measured on, on running text."""
+
+
+@dataclass(frozen=True)
+class _Watch(Full):
+    """Keeps everything and gathers what a list of methods needs."""
+
+    needs: frozenset[Any] = frozenset()  # type: ignore[misc]  # a field here, where Full has a constant
+
+
+@dataclass(frozen=True)
+class _Case:
+    """One line of the comparison."""
+
+    method: Method
+    name: str
+    keep: Keep
+
+
+@dataclass
+class _Tally:
+    """What was measured for one case on one task and question."""
+
+    keep_got: list[float] = field(default_factory=list)
+    bytes_full: list[int] = field(default_factory=list)
+    bytes_kept: list[int] = field(default_factory=list)
+    quality: list[float] = field(default_factory=list)
+    loyalty: list[float] = field(default_factory=list)
+    prefill: list[float] = field(default_factory=list)
+    compress: list[float] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    bpb: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Comparison:
+    """What `compare` gives: the rows, entries kept per layer and head ("method @ keep"), and the caches' remarks."""
+
+    rows: list[Row]
+    kept: dict[str, list[list[int]]]
+    notes: tuple[str, ...]
+
+
+@torch.inference_mode()
+def compare(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task],
+    methods: Sequence[str | Method],
+    keeps: Sequence[Keep],
+    *,
+    tokens: int,
+    samples: int,
+    seed: int = 0,
+    questions: Sequence[Question] = ("unseen", "seen"),
+    model_name: str = "",
+    tick: Callable[[str], None] = lambda what: None,
+) -> Comparison:
+    """Measure every method at every keep on every task; "full" is always measured, once.
+
+    Args:
+        tokens: length of a context.
+        samples: samples of each task; of running text at most `TEXT_SAMPLES`.
+        questions: whether the compressors see the question ("seen"), do not ("unseen"), or both.
+        tick: called with a word on each sample before it runs, for a progress bar.
+    """
+    cases = [_Case(Full(), "full", 1.0)]
+    for keep in keeps:
+        Budget.parse(keep)
+        cases += [_Case(m, name_of(m), keep) for m in map(resolve, methods) if not isinstance(m, Full)]
+    bench = _Bench(model, tokenizer, cases, tuple(questions), tick)
+    rows: list[Row] = []
+    for task in tasks:
+        n = min(samples, TEXT_SAMPLES) if task.kind == "text" else samples
+        tallies = bench.run(task, task.make(tokenizer, tokens, n, seed))
+        for (case, question), tally in tallies.items():
+            rows.append(bench.row(case, question, tally, task, seed, tokens, model_name))
+    return Comparison(rows, bench.kept, tuple(bench.notes))
+
+
+class _Bench:
+    """One comparison under way."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        cases: Sequence[_Case],
+        questions: tuple[Question, ...],
+        tick: Callable[[str], None],
+    ) -> None:
+        self.model, self.tokenizer, self.cases, self.questions, self.tick = model, tokenizer, cases, questions, tick
+        self.watch = _Watch(frozenset(need for case in cases for need in case.method.needs))
+        self.kept: dict[str, list[list[int]]] = {}
+        self.notes: dict[str, None] = {}
+        self.decode_ms: dict[str, float] = {}
+
+    def run(self, task: Task, examples: Iterable[Example]) -> dict[tuple[_Case, Question], _Tally]:
+        tallies: dict[tuple[_Case, Question], _Tally] = defaultdict(_Tally)
+        for index, example in enumerate(examples):
+            self.tick(f"{task.name} {index + 1}")
+            if task.kind == "text":
+                self._text(example, tallies)
+            else:
+                self._answer(task, example, tallies)
+        return tallies
+
+    def _answer(self, task: Task, example: Example, tallies: dict[tuple[_Case, Question], _Tally]) -> None:
+        before, after = self._prompt(example)
+        with Cache(self.model, self.watch, 1.0) as full:
+            _, took = self._read(full, before)
+            if "unseen" in self.questions:
+                caches = self._compressed(full, "unseen", took, tallies)
+                batch = Cache.stack(caches)
+                ids = after.expand(len(caches), -1)
+                first = self.model(ids, past_key_values=batch, logits_to_keep=1).logits[:, -1].argmax(-1)
+                self._grade(task, example, "unseen", self._greedy(batch, first, task.max_new_tokens), tallies)
+            if "seen" in self.questions:
+                logits, more = self._read(full, after)
+                caches = self._compressed(full, "seen", took + more, tallies)
+                first = logits.argmax(-1).expand(len(caches))
+                self._grade(
+                    task, example, "seen", self._greedy(Cache.stack(caches), first, task.max_new_tokens), tallies
+                )
+
+    def _text(self, example: Example, tallies: dict[tuple[_Case, Question], _Tally]) -> None:
+        context, true = self._ids(example.context), self._ids(example.answers[0])
+        text_bytes = len(str(self.tokenizer.decode(true[0, 1:])).encode())
+        with Cache(self.model, self.watch, 1.0) as full:
+            logits, took = self._read(full, context)
+            greedy = self._greedy(full.under("full", 1.0), logits.argmax(-1), GREEDY)
+            caches = self._compressed(full, "none", took, tallies)
+            again = [full.under(case.method, case.keep) for case in self.cases]
+            reference: Tensor | None = None
+            for case, cache, second in zip(self.cases, caches, again, strict=True):
+                # the first token was predicted before anything was dropped, so it says nothing and is left out
+                predicted = self.model(true[:, :-1], past_key_values=cache).logits[0].float().log_softmax(-1)
+                reference = predicted if reference is None else reference  # full comes first
+                tally = tallies[case, "none"]
+                kl = (reference.exp() * (reference - predicted)).sum(-1).mean() / _LN2
+                loss = (reference - predicted).gather(-1, true[0, 1:, None]).sum() / _LN2 / text_bytes
+                tally.kl.append(max(float(kl), 0.0))
+                tally.bpb.append(float(loss))
+                tally.quality.append(float((predicted.argmax(-1) == reference.argmax(-1)).float().mean()))
+                followed = self.model(greedy[:, :-1], past_key_values=second).logits[0].argmax(-1)
+                tally.loyalty.append(_common(followed.tolist(), greedy[0, 1:].tolist()))
+
+    def _read(self, cache: Cache, ids: Tensor) -> tuple[Tensor, float]:
+        """Forward `ids` into a cache that gathers signals; the logits after them, and the seconds without gathering."""
+        before = cache.report.seconds
+        start = time.perf_counter()
+        logits = self.model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        return logits, time.perf_counter() - start - (cache.report.seconds - before)
+
+    def _compressed(
+        self, full: Cache, question: Question, prefill: float, tallies: dict[tuple[_Case, Question], _Tally]
+    ) -> list[Cache]:
+        """Every case's cache, its size and times taken down."""
+        caches = []
+        for case in self.cases:
+            cache = full.under(case.method, case.keep)
+            report, tally = cache.report, tallies[case, question]
+            tally.keep_got.append(report.kept)
+            tally.bytes_full.append(report.bytes_full)
+            tally.bytes_kept.append(report.bytes_kept)
+            tally.prefill.append(prefill)
+            tally.compress.append(report.seconds)
+            label = f"{case.name} @ {case.keep}"
+            layers = [list(layer.kept[0]) for layer in report.layers if layer.state != "left alone"]
+            self.kept.setdefault(label, layers)
+            self.notes.update(dict.fromkeys(report.notes))
+            if label not in self.decode_ms:
+                self.decode_ms[label] = self._decode_ms(full.under(case.method, case.keep))
+            caches.append(cache)
+        return caches
+
+    def _decode_ms(self, cache: Cache, steps: int = 5) -> float:
+        """Median time of one decoding step on this cache, batch 1, after one step that does not count."""
+        token, times = torch.zeros(1, 1, dtype=torch.long, device=self.model.device), []
+        for _ in range(steps + 1):
+            start = time.perf_counter()
+            self.model(token, past_key_values=cache)
+            if self.model.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times[1:]) * 1000
+
+    def _greedy(self, cache: Cache, first: Tensor, most: int) -> Tensor:
+        """Greedy tokens (rows, <= most) after `first`, which is the first of them."""
+        out = [first]
+        ends = self._ends()
+        done = torch.isin(first, ends)
+        while len(out) < most and not bool(done.all()):
+            step = self.model(out[-1].unsqueeze(1), past_key_values=cache).logits[:, -1].argmax(-1)
+            out.append(step)
+            done |= torch.isin(step, ends)
+        return torch.stack(out, 1)
+
+    def _ends(self) -> Tensor:
+        ends = self.model.generation_config.eos_token_id if self.model.generation_config else None
+        ends = self.tokenizer.eos_token_id if ends is None else ends
+        listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        return torch.tensor(listed, dtype=torch.long, device=self.model.device)
+
+    def _grade(
+        self,
+        task: Task,
+        example: Example,
+        question: Question,
+        said: Tensor,
+        tallies: dict[tuple[_Case, Question], _Tally],
+    ) -> None:
+        ends = set(self._ends().tolist())
+        answers = [_until(row, ends) for row in said.tolist()]
+        for case, answer in zip(self.cases, answers, strict=True):
+            tally = tallies[case, question]
+            tally.quality.append(task.grade(str(self.tokenizer.decode(answer, skip_special_tokens=True)), example))
+            tally.loyalty.append(_common(answer, answers[0]))
+
+    def _prompt(self, example: Example) -> tuple[Tensor, Tensor]:
+        """Token ids up to the end of the context, and from there to where the answer begins."""
+        if self.tokenizer.chat_template is None:
+            return self._ids(example.context), self._ids(f"\n\n{example.question}\n")
+        message = {"role": "user", "content": f"{example.context}\n\n{example.question}"}
+        text = str(self.tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
+        found = text.find(example.context)
+        if found < 0:
+            raise FewerError(
+                "the tokenizer's chat template changes the context, so it cannot be told from the question"
+            )
+        cut = found + len(example.context)
+        return self._ids(text[:cut]), self._ids(text[cut:])
+
+    def _ids(self, text: str) -> Tensor:
+        ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+        return torch.as_tensor(ids).to(self.model.device)
+
+    def row(
+        self, case: _Case, question: Question, tally: _Tally, task: Task, seed: int, tokens: int, model: str
+    ) -> Row:
+        mean = statistics.fmean
+        return Row(
+            method=case.name,
+            task=task.name,
+            question=question,
+            keep_asked=case.keep,
+            keep_got=mean(tally.keep_got),
+            bytes_full=mean(tally.bytes_full),
+            bytes_kept=mean(tally.bytes_kept),
+            quality=mean(tally.quality),
+            loyalty=mean(tally.loyalty),
+            n=len(tally.quality),
+            prefill_s=mean(tally.prefill),
+            compress_s=mean(tally.compress),
+            decode_ms=self.decode_ms[f"{case.name} @ {case.keep}"],
+            seed=seed,
+            tokens=tokens,
+            model=model,
+            kl_bits=mean(tally.kl) if tally.kl else None,
+            bpb_diff=mean(tally.bpb) if tally.bpb else None,
+        )
+
+
+_LN2 = 0.6931471805599453
+
+
+def _until(tokens: list[int], ends: set[int]) -> list[int]:
+    """Up to and with the first end token: what comes after it in a batch was never said."""
+    return next((tokens[: i + 1] for i, token in enumerate(tokens) if token in ends), tokens)
+
+
+def _common(said: list[int], reference: list[int]) -> float:
+    """Share of the reference before the first token that differs."""
+    same = next(
+        (i for i, (a, b) in enumerate(zip(said, reference, strict=False)) if a != b), min(len(said), len(reference))
+    )
+    return same / len(reference)
