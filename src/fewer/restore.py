@@ -16,6 +16,8 @@ from fewer.types import Plan, UnknownName
 
 def copy(plan: Plan, y: Float[Tensor, "*lead k d"]) -> Float[Tensor, "*lead n d"]:
     kept = (plan.slot >= 0).unsqueeze(-1)
+    if not y.shape[-2]:  # nothing was kept, and gathering from nothing is an error
+        return y.new_zeros(*plan.slot.shape, y.shape[-1])
     index = plan.slot.clamp(min=0).unsqueeze(-1).expand(*plan.slot.shape, y.shape[-1])
     return torch.where(kept, y.gather(-2, index), 0)
 

@@ -212,10 +212,10 @@ class _MomentsObserver:
     def observe(self, step: Step) -> None:
         assert step.rotary is not None, "hosts without rotary positions refuse Moments before they run"
         unrotated = step.rotary.turn(step.query, step.positions, back=True).float()
-        counted = (~step.padding & (step.positions >= self.skip)).float()[:, None, :, None]  # (b, 1, q, 1)
-        n = counted.sum(2)  # (b, 1, 1)
-        mean = (unrotated * counted).sum(2) / n.clamp(min=1)
-        centred = (unrotated - mean.unsqueeze(2)) * counted
+        ignored = (step.padding | (step.positions < self.skip))[:, None, :, None]  # (b, 1, q, 1)
+        n = (~ignored).float().sum(2)  # (b, 1, 1)
+        mean = unrotated.masked_fill(ignored, 0).sum(2) / n.clamp(min=1)
+        centred = (unrotated - mean.unsqueeze(2)).masked_fill(ignored, 0)
         spread = centred.transpose(-1, -2) @ centred  # (b, heads, d, d)
         last = torch.where(step.padding, -1, step.positions).amax(1) + 1
         if self.n.numel():  # merge the two samples' moments (Chan, Golub and LeVeque 1979)

@@ -10,7 +10,7 @@ the leading axes of a place, `b h` in a key-value cache.
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -118,7 +118,7 @@ class Budget:
     def count(self, seen: int) -> int:
         """Tokens that stay, of `seen` so far."""
         if self.fraction is not None:
-            return math.ceil(self.fraction * seen - 1e-9)
+            return min(seen, max(1, math.ceil(self.fraction * seen - 1e-9)))
         if self.tokens is not None:
             return min(self.tokens, seen)
         raise BudgetError(f"keep={self.keep!r} is in bytes and needs the size of a token: call within() first")
@@ -134,18 +134,23 @@ class Budget:
         """
         if total > sum(caps):
             raise BudgetError(f"{total} tokens cannot be placed where only {sum(caps)} fit")
-        parts = [0] * len(caps)
-        while (left := total - sum(parts)) > 0:
-            free = [i for i, cap in enumerate(caps) if parts[i] < cap]
+        parts, free, left = [0] * len(caps), list(range(len(caps))), total
+        while True:
             mass = sum(weights[i] for i in free)
             # where every open part weighs nothing, they share alike
             ideal = {i: left * (weights[i] / mass if mass > 0 else 1 / len(free)) for i in free}
-            grant = {i: min(int(ideal[i]), caps[i] - parts[i]) for i in free}
-            if not any(grant.values()):
-                for i in sorted(free, key=lambda i: (grant[i] - ideal[i], i))[:left]:
-                    grant[i] = 1
-            for i, tokens in grant.items():
-                parts[i] += tokens
+            full = [i for i in free if ideal[i] >= caps[i]]
+            if not full:
+                break
+            for i in full:  # a part at its cap takes no share of the rest
+                parts[i] = caps[i]
+                left -= caps[i]
+            free = [i for i in free if i not in full]
+        for i in free:
+            parts[i] = int(ideal[i])
+        short = total - sum(parts)
+        for i in sorted(free, key=lambda i: (parts[i] - ideal[i], i))[:short]:
+            parts[i] += 1
         return parts
 
 
@@ -247,7 +252,7 @@ class Plan:
         """The survivors' own features; zeros in slots that do not exist."""
         filled = (self.survivors >= 0).unsqueeze(-1)
         index = self.survivors.clamp(min=0).unsqueeze(-1).expand(*self.survivors.shape, x.shape[-1])
-        return x.gather(-2, index) * filled
+        return torch.where(filled, x.gather(-2, index), 0)
 
     def apply(self, x: Float[Tensor, "*lead n d"]) -> Float[Tensor, "*lead k d"]:
         """Fold all tokens into their slots, each with its weight."""
@@ -264,12 +269,18 @@ class Plan:
 
     def then(self, later: "Plan") -> "Plan":
         """This plan, and `later` on what it leaves, as one plan."""
+        if not later.slot.shape[-1]:  # this plan left nothing, so nothing it is
+            return replace(self, note=later.note or self.note)
         gone = self.slot < 0
         at = self.slot.clamp(min=0)
         slot = torch.where(gone, -1, later.slot.gather(-1, at))
         weight = torch.where(slot < 0, 0.0, self.weight * later.weight.gather(-1, at))
-        survivors = self.survivors.gather(-1, later.survivors.clamp(min=0))
-        return Plan(slot, weight, torch.where(later.survivors < 0, -1, survivors), later.moved)
+        there, via = later.survivors >= 0, later.survivors.clamp(min=0)
+        survivors = torch.where(there, self.survivors.gather(-1, via), -1)
+        moved = later.moved
+        if moved is None and self.moved is not None:
+            moved = torch.where(there, self.moved.gather(-1, via), -1)
+        return Plan(slot, weight, survivors, moved, later.note or self.note)
 
     def check(self, padding: Bool[Tensor, "*lead n"] | None = None) -> None:
         """Raise if the plan loses, invents or reorders tokens."""
@@ -323,7 +334,7 @@ class Method(Protocol):
         ...
 
     def score(self, tokens: Tokens) -> Tensor:
-        """One number for each token (`*lead n`), higher = keep; +inf must stay. A method never writes into tokens."""
+        """One number for each token (`*lead n`), higher = keep. A method never writes into tokens."""
         ...
 
     def allocate(self, tokens: Tokens, scores: Tensor, budget: Budget) -> Allocation:

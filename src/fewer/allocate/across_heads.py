@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fewer.score.position import FORCED
 from fewer.types import Allocation, Budget, Tokens
 
 
@@ -15,14 +16,20 @@ def across_heads(tokens: Tokens, scores: Float[Tensor, "b h n"], even: Allocatio
     b, h, n = scores.shape
     counts = torch.empty_like(even.counts)
     for row in range(b):
-        total = int(even.counts[row].sum())
-        best = scores[row].flatten().argsort(descending=True, stable=True)[:total]
-        won = torch.bincount(best // n, minlength=h).tolist()
         caps = tokens.available[row].tolist()
+        share = int(even.counts[row].max())  # a head that an earlier compression left with less has a lower even count
+        total = min(share * h, sum(caps))
+        won = (scores[row] >= FORCED).sum(-1)  # what must stay is no contest between heads
+        if (contested := total - int(won.sum())) > 0:
+            rest = torch.where(scores[row] >= FORCED, -torch.inf, scores[row])
+            best = rest.flatten().argsort(descending=True, stable=True)[:contested]
+            won = won + torch.bincount(best // n, minlength=h)
         # splitting the rest by what was won is the published mix, floor * even + (1 - floor) * won, made exact
-        base = [min(int(floor * share), cap) for share, cap in zip(even.counts[row].tolist(), caps, strict=True)]
-        rest = Budget.split(
-            total - sum(base), [float(x) for x in won], [cap - low for cap, low in zip(caps, base, strict=True)]
+        base = [min(int(floor * share), cap) for cap in caps]
+        spread = Budget.split(
+            total - sum(base),
+            [float(x) for x in won.tolist()],
+            [cap - low for cap, low in zip(caps, base, strict=True)],
         )
-        counts[row] = torch.tensor([low + more for low, more in zip(base, rest, strict=True)])
+        counts[row] = torch.tensor([low + more for low, more in zip(base, spread, strict=True)])
     return Allocation(counts, floor=(even.counts * floor).long(), note=even.note)

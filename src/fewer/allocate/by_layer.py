@@ -5,22 +5,20 @@ import torch
 from fewer.types import Allocation, Budget, Tokens
 
 
-def falling(tokens: Tokens, even: Allocation, beta: int, reserved: int) -> Allocation:
-    """Linear from many at the first layer to few at the last; the total over the layers is that of `even` everywhere.
+def falling(tokens: Tokens, budget: Budget, window: int, beta: int, even: Allocation) -> Allocation:
+    """Linear from many at the first layer to few at the last; over the layers, exactly what `even` shares would be.
 
-    `reserved` of each share are kept out of the slope (the observation window); of the rest c the last layer gets
-    c / beta and the first 2c - c / beta, or, where that is more than there is, all there is.
+    The window is kept out of the slope; of the rest c of a share, the last layer gets c / beta and the first
+    2c - c / beta, or, where that is more than there is, all there is. Prompts of less than 2c tokens are too
+    short to be worth a slope. Every layer works the same list of shares out, so nothing passes between layers.
     """
     layers, counts = tokens.site.layers, even.counts.clone()
-    for index in torch.cartesian_prod(*[torch.arange(size) for size in counts.shape]).view(-1, counts.ndim).tolist():
-        at = tuple(index)
-        share, available = int(even.counts[at]), int(tokens.available[at])
-        free = share - min(reserved, share)
-        room = available - (share - free)
-        if layers < 2 or free == 0:
-            continue
-        first = min(2 * free - free / beta, room)
-        slope = [first + (2 * free - 2 * first) * layer / (layers - 1) for layer in range(layers)]
-        parts = Budget.split(free * layers, slope, [room] * layers)
-        counts[at] = share - free + parts[tokens.site.layer]
-    return Allocation(counts, note=even.note)
+    for row, seen in enumerate(tokens.seen.tolist()):
+        share = budget.count(seen)
+        free, room = share - min(window, share), seen - min(window, share)
+        if layers > 1 and free > 0 and seen >= 2 * free:
+            first = min(2 * free - free / beta, room)
+            slope = [first + (2 * free - 2 * first) * layer / (layers - 1) for layer in range(layers)]
+            parts = Budget.split(free * layers, slope, [room] * layers)
+            counts[row] = share - free + parts[tokens.site.layer]
+    return Allocation(torch.minimum(counts, tokens.available), note=even.note)

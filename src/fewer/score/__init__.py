@@ -1,1 +1,1 @@
-"""Stage 1, shared by several methods: what is each token worth? Higher = keep, +inf = must stay."""
+"""Stage 1, shared by several methods: what is each token worth? Higher = keep."""

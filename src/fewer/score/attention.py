@@ -23,12 +23,35 @@ def attention_rows(
     """Causal softmax attention of these queries to all keys, in float32."""
     b, heads, q, d = query.shape
     h, n = keys.shape[1], keys.shape[2]
-    logits = (query.reshape(b, h, -1, d) @ keys.transpose(-1, -2)).view(b, h, heads // h, q, n).float() * scaling
+    grouped = query.reshape(b, h, -1, d).float()  # float32 before the product: half precision can overflow in it
+    logits = (grouped @ keys.float().transpose(-1, -2)).view(b, h, heads // h, q, n) * scaling
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     hidden = padding[:, :, None, :] | (positions[:, :, None, :] > query_positions[:, None, :, None])  # (b, h, q, n)
     logits.masked_fill_(hidden.unsqueeze(2), torch.finfo(torch.float32).min)
     return logits.softmax(-1).view(b, heads, q, n)
+
+
+def attention_sums(
+    query: Float[Tensor, "b heads q d"],
+    query_positions: Int[Tensor, "b q"],
+    query_padding: Bool[Tensor, "b q"],
+    keys: Float[Tensor, "b h n d"],
+    positions: Int[Tensor, "b h n"],
+    padding: Bool[Tensor, "b h n"],
+    scaling: float,
+    softcap: float | None = None,
+) -> Float[Tensor, "b heads n"]:
+    """Attention each key receives from the real ones of these queries, summed over them, block by block."""
+    b, heads, q, _ = query.shape
+    n = keys.shape[2]
+    total = torch.zeros(b, heads, n, device=keys.device)
+    size = max(1, BLOCK_CELLS // max(1, b * heads * n))
+    for start in range(0, q, size):
+        at = slice(start, start + size)
+        rows = attention_rows(query[:, :, at], query_positions[:, at], keys, positions, padding, scaling, softcap)
+        total += rows.masked_fill_(query_padding[:, None, at, None], 0).sum(2)
+    return total
 
 
 def window_attention(
@@ -38,11 +61,10 @@ def window_attention(
     padding: Bool[Tensor, "b h n"],
 ) -> Float[Tensor, "b heads n"]:
     """Mean attention that the window's real queries pay to each key, for each query head."""
-    rows = attention_rows(
-        window.query, window.positions, keys, positions, padding, window.scaling, window.softcap
-    )  # (b, heads, w, n)
-    real = (~window.padding).float()[:, None, :, None]
-    return (rows * real).sum(2) / real.sum(2).clamp(min=1)
+    sums = attention_sums(
+        window.query, window.positions, window.padding, keys, positions, padding, window.scaling, window.softcap
+    )
+    return sums / (~window.padding).sum(1).clamp(min=1)[:, None, None]
 
 
 def received(
@@ -52,18 +74,11 @@ def received(
     padding: Bool[Tensor, "b h n"],
 ) -> Float[Tensor, "b h n"]:
     """Attention each key receives from all real queries of the step, summed over queries and over its query heads."""
-    b, heads, q, _ = step.query.shape
-    h, n = keys.shape[1], keys.shape[2]
-    total = torch.zeros(b, h, n, device=keys.device)
-    size = max(1, BLOCK_CELLS // (b * heads * n))
-    for start in range(0, q, size):
-        at = slice(start, start + size)
-        rows = attention_rows(
-            step.query[:, :, at], step.positions[:, at], keys, positions, padding, step.scaling, step.softcap
-        )
-        rows = rows * (~step.padding[:, at]).float()[:, None, :, None]
-        total += rows.sum(2).view(b, h, heads // h, n).sum(2)
-    return total
+    sums = attention_sums(
+        step.query, step.positions, step.padding, keys, positions, padding, step.scaling, step.softcap
+    )  # (b, heads, n)
+    b, h, n = positions.shape
+    return sums.view(b, h, -1, n).sum(2)
 
 
 def per_head(scores: Float[Tensor, "b heads n"], h: int) -> Float[Tensor, "b h n"]:

@@ -10,7 +10,6 @@ stay at their own size; evicts when the policy compresses, not after every token
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from fewer.allocate.uniform import uniform
@@ -46,4 +45,4 @@ class H2O:
     def reduce(self, tokens: Tokens, scores: Tensor, allocation: Allocation) -> Plan:
         recent = (allocation.counts * self.recent).long()
         newest = tokens.positions >= (tokens.seen.view(-1, 1) - recent).unsqueeze(-1)
-        return top_k(must_stay(scores, newest & torch.isfinite(scores)), allocation)
+        return top_k(must_stay(scores, newest & ~tokens.padding), allocation)

@@ -28,9 +28,9 @@ class KeyDiff:
     needs: ClassVar[frozenset[object]] = frozenset()
 
     def score(self, tokens: Tokens) -> Tensor:
-        keys = tokens.features.float()
-        real = (~tokens.padding).unsqueeze(-1)
-        anchor = (F.normalize(keys, dim=-1) * real).sum(-2, keepdim=True) / real.sum(-2, keepdim=True).clamp(min=1)
+        hidden = tokens.padding.unsqueeze(-1)
+        keys = tokens.features.float().masked_fill(hidden, 0)
+        anchor = F.normalize(keys, dim=-1).sum(-2, keepdim=True) / (~hidden).sum(-2, keepdim=True).clamp(min=1)
         return -F.cosine_similarity(keys, anchor, dim=-1)
 
     def allocate(self, tokens: Tokens, scores: Tensor, budget: Budget) -> Allocation:

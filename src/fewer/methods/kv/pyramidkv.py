@@ -50,7 +50,7 @@ class PyramidKV:
         return self._scorer.score(tokens)
 
     def allocate(self, tokens: Tokens, scores: Tensor, budget: Budget) -> Allocation:
-        return falling(tokens, uniform(tokens, budget, self.window), self.beta, reserved=self.window)
+        return falling(tokens, budget, self.window, self.beta, even=uniform(tokens, budget, self.window))
 
     def reduce(self, tokens: Tokens, scores: Tensor, allocation: Allocation) -> Plan:
         return top_k(scores, allocation)
