@@ -74,7 +74,13 @@ def _block(
         capped = seen.view(b, h, -1, t)
     if kept.even is not None:
         stored = kept.keys.view(b, h, kept.even, d)
-        out = _mix(grouped @ stored.transpose(-1, -2), capped, kept.values.view(b, h, kept.even, -1), values, softcap)
+        out = _mix(
+            grouped @ stored.transpose(-1, -2),
+            capped,
+            kept.values.view(b, h, kept.even, values.shape[-1]),
+            values,
+            softcap,
+        )
     else:
         out = values.new_empty(b, h, grouped.shape[2], values.shape[-1])
         for row_, spans in enumerate(kept.bounds):
@@ -86,7 +92,7 @@ def _block(
                     values[row_, head],
                     softcap,
                 )
-    return out.view(b, heads, q, -1)
+    return out.view(b, heads, q, values.shape[-1])
 
 
 def _mix(stored: Tensor, tail: Tensor, kept: Tensor, values: Tensor, softcap: float | None) -> Tensor:

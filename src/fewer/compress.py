@@ -48,7 +48,7 @@ def compress(
     Args:
         model: a transformers decoder (`PreTrainedModel`), used inside through `generate` or plain calls.
         method: a name from `fewer.METHODS`, or an object with the four members of `fewer.Method`.
-        keep: what stays: a fraction in (0, 1], a token count for each head, or bytes for the whole cache ("64MB").
+        keep: what stays: a fraction in (0, 1], a token count a head, or bytes for all compressed layers ("64MB").
         when: "prefill" compresses after every forward of more than one token, "decode" after every `every` generated
             tokens (the cache then stays at a fixed size plus at most `every`), "both" does both.
         every: decoding steps between two compressions.

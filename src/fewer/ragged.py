@@ -74,8 +74,8 @@ class Ragged:
         if self.even is not None:
             k = self.even
             return Dense(
-                self.keys.view(b, h, k, -1),
-                self.values.view(b, h, k, -1),
+                self.keys.view(b, h, k, self.keys.shape[-1]),
+                self.values.view(b, h, k, self.values.shape[-1]),
                 self.positions.view(b, h, k).long(),
                 placed.view(b, h, k).long(),
                 torch.zeros(b, h, k, dtype=torch.bool, device=self.keys.device),

@@ -51,7 +51,7 @@ class Budget:
     """How much may stay, always what is KEPT.
 
     A fraction in (0, 1] of the tokens seen so far, a count of tokens a head (an integer from 2 on; 1 and 1.0 both mean
-    everything), or bytes for the whole cache with its metadata ("64MB", "1.5GiB").
+    everything), or bytes for all layers that are compressed, with their metadata ("64MB", "1.5GiB").
 
     The only rounding rules of the library live here: a fraction keeps `ceil(keep * seen)` tokens, bytes are a ceiling,
     and totals that must be split are split by largest remainder (`split`), so that they add up exactly.

@@ -98,7 +98,9 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
             if isinstance(layer, Layer):
                 layers.append(layer.report())
             else:
-                held = 0 if layer.keys is None else layer.keys.nbytes + layer.values.nbytes
+                held = 0  # of the storages: transformers' own layers may hold more than the window they show
+                if layer.is_initialized:
+                    held = sum(part.untyped_storage().nbytes() for part in (layer.keys, layer.values))
                 layers.append(LayerReport(index, "left alone", (), (), (), held, held, 0, 0.0))
         policy = self.shared.policy
         return Report(name_of(policy.method), policy.budget.keep, tuple(layers), tuple(self.shared.notes))

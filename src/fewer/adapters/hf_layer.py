@@ -76,6 +76,10 @@ class Shared:
             self.notes.append(text)
             warnings.warn(text, FewerWarning, stacklevel=2)
 
+    def forget(self) -> None:
+        """The forward is over; hold nothing of its mask."""
+        self._mask = self._hidden = None
+
     def padding(self, mask: Tensor | None, b: int, q: int) -> Tensor | None:
         """Which of the q new tokens are padding (b, q), or None for none: what the mask hides from its last row.
 
@@ -187,8 +191,12 @@ class Layer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
         dense = self._dense()
         if gone > tail:  # into what was packed
             plan = Plan.keep(~dense.padding & (dense.positions < left.view(-1, 1, 1)))
-            index = _right_aligned(plan.survivors, torch.arange(dense.positions.shape[2], device=self.device))
-            self._pack(plan, dense, dense.placed.gather(2, plan.survivors.clamp(min=0)))
+            columns = torch.arange(dense.positions.shape[2], device=self.device).expand_as(dense.positions)
+            index = _right_aligned(plan.survivors, columns)
+            if self.kept is not None and self.kept.placed is not None:  # close the gap that cropping left at the end
+                slots = torch.arange(plan.survivors.shape[2], device=self.device)
+                plan = replace(plan, moved=left.view(-1, 1, 1) - plan.counts.unsqueeze(-1) + slots)
+            self._carry_out(plan, dense)
         else:
             b, h, n = dense.positions.shape
             index = torch.arange(n - gone, device=self.device).expand(b, h, n - gone)
@@ -250,6 +258,8 @@ class Layer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
             out = mixed.transpose(1, 2).contiguous(), None
         phase: Literal["prefill", "decode"] = "prefill" if q > 1 or self.length == 0 else "decode"
         self._count(self.shared.padding(mask, b, q), b, q)
+        if self.place == self.shared.layers - 1:
+            self.shared.forget()
         if self.shared.policy.covers(phase) and not self.shared.frozen:
             self._observe(query, scaling, softcap)
             self.since = 0 if phase == "prefill" else self.since + 1
@@ -271,6 +281,7 @@ class Layer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     # --- observing and compressing ---
 
+    @torch.no_grad()  # a graph would hold on to everything that is dropped here
     def _observe(self, query: Tensor, scaling: float, softcap: float | None) -> None:
         q = query.shape[2]
         positions, hidden = self._tail()
@@ -349,6 +360,7 @@ class Layer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
         held = (d + self.values.shape[-1]) * self.keys.element_size() + 4  # each entry knows its position
         return int(b * h * (held + sum(need.key_bytes for need in method.needs)) * self.shared.layers)
 
+    @torch.no_grad()
     def _compress(self, phase: Literal["prefill", "decode"]) -> None:
         policy = self.shared.policy
         budget = policy.budget
@@ -372,14 +384,16 @@ class Layer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.shared.note(plan.note)
         if self.kept is None and bool((plan.counts == available).all()):
             return  # nothing to drop: stay as transformers has it
-        if plan.moved is not None:
-            self._pack(plan, replace(dense, keys=self._turned(dense, plan)), plan.moved)
-        else:
-            self._pack(plan, dense, dense.placed.gather(2, plan.survivors.clamp(min=0)))
+        self._carry_out(plan, dense)
 
-    def _pack(self, plan: Plan, dense: Dense, placed: Tensor) -> None:
-        moved = plan.moved is not None or (self.kept is not None and self.kept.placed is not None)
-        self.kept = Ragged.pack(dense, plan.survivors, placed if moved else None)
+    def _carry_out(self, plan: Plan, dense: Dense) -> None:
+        if plan.moved is not None:
+            dense, placed = replace(dense, keys=self._turned(dense, plan)), plan.moved
+        elif self.kept is not None and self.kept.placed is not None:
+            placed = dense.placed.gather(2, plan.survivors.clamp(min=0))
+        else:
+            placed = None
+        self.kept = Ragged.pack(dense, plan.survivors, placed)
         # empty tensors of their own: a slice would hold the whole prompt's keys
         self.keys, self.values = self.keys[:, :, :0].clone(), self.values[:, :, :0].clone()
         self.hidden = None

@@ -1,0 +1,153 @@
+"""Freed memory: the process lets go of what was dropped, and the report counts what is held to the byte."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import fewer
+from fewer.methods.kv.h2o import H2O
+from fewer.methods.kv.streaming_llm import StreamingLLM
+from tests.adapters.common import ADA, FAMILIES, MORE_METHODS, SNAP, cached, held, newborn, tensors_in, turns
+from tests.adapters.emulate import ours
+from tests.tiny import prompt, tiny
+
+N = 240
+
+
+PAIRS = [(family, "adakv") for family in FAMILIES] + [("llama", method) for method in MORE_METHODS if method != "adakv"]
+
+
+@pytest.mark.parametrize(("family", "method"), PAIRS)
+def test_the_process_holds_what_the_report_says(family: str, method: str) -> None:
+    model = tiny(family)
+    model(prompt(N))  # whatever the host makes once is there now
+    with newborn(model) as alive, fewer.Cache(model, MORE_METHODS[method], keep=0.25) as cache:
+        cached(model, cache, prompt(N))
+        report = cache.report
+        mine = [report.layers[i] for i in ours(cache)]
+        full = sum(layer.bytes_full for layer in mine)
+        rounding = 0.1 if method == "pyramidkv" else 0
+        assert sum(layer.bytes_kept - layer.metadata for layer in mine) == pytest.approx(full / 4, rel=rounding)
+        assert sum(layer.metadata for layer in mine) <= 0.07 * full
+        assert held(cache) == report.bytes_kept
+        windows = 8 * sum(layer.state == "left alone" for layer in report.layers)  # each knows its own length
+        assert sum(alive().values()) == report.bytes_kept + windows
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_measure_sees_a_cache_that_keeps_everything(family: str) -> None:
+    model = tiny(family)
+    model(prompt(N))
+    with newborn(model) as alive, fewer.Cache(model, SNAP, keep=1.0) as cache:
+        cached(model, cache, prompt(N))
+        full = sum(cache.report.layers[i].bytes_full for i in ours(cache))
+        assert sum(alive().values()) >= full >= 3 * N * 32 * 8 * (2 if family == "gpt_neox" else 2 / 3)
+
+
+@pytest.mark.parametrize("when", ["prefill", "decode", "both"])
+@pytest.mark.parametrize("method", MORE_METHODS)
+def test_bytes_reported_are_bytes_held_at_every_step(method: str, when: Any) -> None:
+    model = tiny("llama")
+    with fewer.Cache(model, MORE_METHODS[method], keep=0.5, when=when, every=2) as cache:
+        for ids in (*turns(), *turns(30)):
+            cached(model, cache, ids)
+            assert held(cache) == cache.report.bytes_kept
+
+
+@pytest.mark.parametrize("method", MORE_METHODS)
+def test_bytes_reported_are_bytes_held_with_padding(method: str) -> None:
+    model = tiny("llama")
+    real = torch.ones(2, 40, dtype=torch.long)
+    real[0, :9] = 0
+    with fewer.Cache(model, MORE_METHODS[method], keep=0.5) as cache:
+        model(prompt(40, rows=2), attention_mask=real, past_key_values=cache)
+        assert held(cache) == cache.report.bytes_kept
+        real = torch.cat([real, torch.ones(2, 1, dtype=torch.long)], dim=1)
+        model(prompt(1, rows=2), attention_mask=real, past_key_values=cache)
+        assert held(cache) == cache.report.bytes_kept
+
+
+@pytest.mark.parametrize("method", [SNAP, ADA, StreamingLLM()], ids=["snapkv", "adakv", "streaming-llm"])
+def test_nothing_kept_is_a_view_of_something_larger(method: Any) -> None:
+    model = tiny("llama")
+    with fewer.Cache(model, method, keep=0.25) as cache:
+        cached(model, cache, *turns())
+        for tensor in tensors_in(cache):
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def test_nothing_kept_holds_on_to_a_graph() -> None:
+    """A plain call outside `no_grad` frees too: a kept key must not keep the forward that made it."""
+    model = tiny("llama")
+    with torch.enable_grad(), fewer.Cache(model, SNAP, keep=0.25) as cache:
+        cached(model, cache, prompt(40))
+        assert not any(tensor.requires_grad for tensor in tensors_in(cache))
+
+
+@pytest.mark.parametrize(("method", "keep"), [("adakv", 0.25), ("h2o", 0.25), ("adakv", 1.0)])
+def test_the_peak_holds_one_layer_whole(method: str, keep: float) -> None:
+    """While layer after layer is filled, the tensors as large as a layer's keys do not become more, unless all stays."""
+    model = tiny("llama", num_hidden_layers=5)
+    size, counts = N * 32 * 4, []
+    with newborn(model) as alive, fewer.Cache(model, MORE_METHODS[method], keep=keep) as cache:
+        for layer in model.model.layers:
+            layer.register_forward_hook(lambda *_: counts.append(sum(n == size for n in alive().values())))
+        cached(model, cache, prompt(N))
+    if keep < 1:
+        assert counts == counts[:1] * 5
+    else:
+        assert counts[-1] - counts[0] == 8  # keys and values of four layers more
+
+
+def test_while_a_layer_is_compressed_only_that_one_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fewer.adapters.hf_layer as hf_layer
+
+    model, step, sizes = tiny("llama", num_hidden_layers=5), hf_layer.step, []
+
+    def watched(*args: Any) -> Any:
+        sizes.append([layer.keys.shape[2] if layer.is_initialized else 0 for layer in cache.layers])
+        return step(*args)
+
+    monkeypatch.setattr(hf_layer, "step", watched)
+    with fewer.Cache(model, ADA, keep=0.25) as cache:
+        cached(model, cache, prompt(N))
+    assert [sum(size == N for size in row) for row in sizes] == [1] * 5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", [SNAP, ADA, H2O(), StreamingLLM()], ids=["snapkv", "adakv", "h2o", "streaming-llm"])
+def test_a_budget_in_bytes_is_a_ceiling(family: str, method: Any) -> None:
+    model = tiny(family)
+    with fewer.Cache(model, method, keep="20KB") as cache:
+        cached(model, cache, prompt(N))
+        mine = [cache.report.layers[i] for i in ours(cache)]
+        one = sum(layer.bytes_kept / layer.kept[0][0] for layer in mine) if method is not ADA else 1000
+        assert 20_000 - one <= sum(layer.bytes_kept for layer in mine) <= 20_000
+
+
+def test_a_budget_in_bytes_is_for_the_layers_that_are_compressed() -> None:
+    """Sliding-window layers bound themselves; what they hold stands beside it in the report."""
+    model = tiny("gemma3_text")
+    with fewer.Cache(model, SNAP, keep="20KB") as cache:
+        cached(model, cache, prompt(N))
+        layers = cache.report.layers
+        assert 19_000 <= sum(layer.bytes_kept for layer in layers if layer.state == "compressed") <= 20_000
+        assert all(layer.bytes_kept == layer.bytes_full > 0 for layer in layers if layer.state == "left alone")
+
+
+def test_a_budget_in_bytes_covers_scores_of_uneven_heads() -> None:
+    from fewer.methods.kv.adakv import AdaKV
+
+    model = tiny("gpt_neox")
+    with fewer.Cache(model, AdaKV(H2O(), floor=0.0), keep="20KB") as cache:
+        cached(model, cache, prompt(N))
+        assert cache.report.bytes_kept <= 20_000
+
+
+def test_a_budget_in_bytes_is_shared_by_the_rows() -> None:
+    model = tiny("llama")
+    with fewer.Cache(model, SNAP, keep="20KB") as cache:
+        cached(model, cache, prompt(N, rows=3))
+        assert 19_000 <= cache.report.bytes_kept <= 20_000
+        assert len(set(cache.report.layers[0].kept)) == 1
