@@ -73,25 +73,15 @@ def _block(
             seen = seen + mask
         capped = seen.view(b, h, -1, t)
     if kept.even is not None:
-        stored = kept.keys.view(b, h, kept.even, d)
-        out = _mix(
-            grouped @ stored.transpose(-1, -2),
-            capped,
-            kept.values.view(b, h, kept.even, values.shape[-1]),
-            values,
-            softcap,
-        )
-    else:
-        out = values.new_empty(b, h, grouped.shape[2], values.shape[-1])
-        for row_, spans in enumerate(kept.bounds):
-            for head, (start, end) in enumerate(spans):
-                out[row_, head] = _mix(
-                    grouped[row_, head] @ kept.keys[start:end].T,
-                    capped[row_, head],
-                    kept.values[start:end],
-                    values[row_, head],
-                    softcap,
-                )
+        k, e = kept.even, values.shape[-1]
+        stored = grouped @ kept.keys.view(b, h, k, d).transpose(-1, -2)
+        return _mix(stored, capped, kept.values.view(b, h, k, e), values, softcap).view(b, heads, q, e)
+    out = values.new_empty(b, h, grouped.shape[2], values.shape[-1])
+    for at, run, span in kept.runs:
+        k = (span.stop - span.start) // (run.stop - run.start)
+        stored = grouped[at, run] @ kept.keys[span].view(run.stop - run.start, k, d).transpose(-1, -2)
+        kept_values = kept.values[span].view(run.stop - run.start, k, values.shape[-1])
+        out[at, run] = _mix(stored, capped[at, run], kept_values, values[at, run], softcap)
     return out.view(b, heads, q, values.shape[-1])
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -59,6 +60,17 @@ class Ragged:
                 spans.append((end, end + count))
                 end += count
             out.append(spans)
+        return out
+
+    @cached_property
+    def runs(self) -> list[tuple[int, slice, slice]]:
+        """Row, heads and entries of neighbouring heads of one count: each is a rectangle, and one product."""
+        out, end = [], 0
+        for row, counts in enumerate(self.counts):
+            for count, heads in groupby(range(len(counts)), key=counts.__getitem__):
+                found = list(heads)
+                start, end = end, end + count * len(found)
+                out.append((row, slice(found[0], found[-1] + 1), slice(start, end)))
         return out
 
     @cached_property
