@@ -90,7 +90,9 @@ def held(cache: Any) -> int:
         elif isinstance(thing, (list, tuple)):
             for value in thing:
                 walk(value)
-        elif type(thing).__module__.startswith(("fewer.ragged", "fewer.signals", "fewer.adapters.hf_layer", "transformers")):
+        elif type(thing).__module__.startswith(
+            ("fewer.ragged", "fewer.signals", "fewer.adapters.hf_layer", "transformers")
+        ):
             walk({k: v for k, v in vars(thing).items() if k not in ("shared", "host")})
 
     walk(cache.layers)

@@ -25,7 +25,7 @@ def step(method: Method, budget: Budget, tokens: Tokens) -> Plan:
     allocation = method.allocate(tokens, scores, budget)  # 2 how many may stay, and where?
     plan = method.reduce(tokens, scores, allocation)  # 3 who stays, who joins whom?
     _promised(method, tokens, allocation.counts, plan)
-    return replace(plan, note=allocation.note)  # 4 the host applies it; restore() undoes it
+    return replace(plan, note=allocation.note or plan.note)  # 4 the host applies it; restore() undoes it
 
 
 def _promised(method: Method, tokens: Tokens, counts: torch.Tensor, plan: Plan) -> None:

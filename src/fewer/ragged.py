@@ -36,18 +36,15 @@ class Ragged:
     placed: Int[Tensor, " total"] | None = None
 
     @classmethod
-    def pack(cls, dense: Dense, survivors: Int[Tensor, "b h k"], placed: Int[Tensor, "b h k"] | None) -> "Ragged":
-        """Copy the survivors (-1: none) out of a rectangle, so that the rectangle can be freed."""
-        there = survivors >= 0
-        counts = tuple(tuple(row) for row in there.sum(-1).tolist())
-        index = survivors.clamp(min=0)
-        wide = index.unsqueeze(-1)
+    def pack(cls, dense: Dense, *, moved: bool) -> "Ragged":
+        """Copy the real entries out of a rectangle, so that the rectangle can be freed; `moved` remembers `placed`."""
+        there = ~dense.padding
         return cls(
-            dense.keys.gather(2, wide.expand(-1, -1, -1, dense.keys.shape[-1]))[there],
-            dense.values.gather(2, wide.expand(-1, -1, -1, dense.values.shape[-1]))[there],
-            dense.positions.gather(2, index)[there].to(torch.int32),
-            counts,
-            None if placed is None else placed[there].to(torch.int32),
+            dense.keys[there],
+            dense.values[there],
+            dense.positions[there].to(torch.int32),
+            tuple(tuple(row) for row in there.sum(-1).tolist()),
+            dense.placed[there].to(torch.int32) if moved else None,
         )
 
     @cached_property

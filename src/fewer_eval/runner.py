@@ -162,7 +162,7 @@ class _Bench:
             logits, took = self._read(full, context)
             greedy = self._greedy(full.under("full", 1.0), logits.argmax(-1), GREEDY)
             caches = self._compressed(full, "none", took, tallies)
-            again = [full.under(case.method, case.keep) for case in self.cases]
+            again = [cache.fork() for cache in caches]
             reference: Tensor | None = None
             for case, cache, second in zip(self.cases, caches, again, strict=True):
                 # the first token was predicted before anything was dropped, so it says nothing and is left out
@@ -202,7 +202,7 @@ class _Bench:
             self.kept.setdefault(label, layers)
             self.notes.update(dict.fromkeys(report.notes))
             if label not in self.decode_ms:
-                self.decode_ms[label] = self._decode_ms(full.under(case.method, case.keep))
+                self.decode_ms[label] = self._decode_ms(cache.fork())
             caches.append(cache)
         return caches
 
@@ -218,15 +218,26 @@ class _Bench:
         return statistics.median(times[1:]) * 1000
 
     def _greedy(self, cache: Cache, first: Tensor, most: int) -> Tensor:
-        """Greedy tokens (rows, <= most) after `first`, which is the first of them."""
-        out = [first]
+        """Greedy tokens (rows, <= most) after `first`, which is the first of them; the end token fills ended rows."""
         ends = self._ends()
-        done = torch.isin(first, ends)
-        while len(out) < most and not bool(done.all()):
-            step = self.model(out[-1].unsqueeze(1), past_key_values=cache).logits[:, -1].argmax(-1)
-            out.append(step)
-            done |= torch.isin(step, ends)
-        return torch.stack(out, 1)
+        out = first.unsqueeze(1).repeat(1, most)  # a row that ended repeats its end
+        going = torch.arange(len(first), device=first.device)
+        step, made = first, 1
+        while made < most:
+            still = ~torch.isin(step, ends)
+            if not bool(still.any()):
+                break
+            if int(still.sum()) <= len(going) // 2:  # ended rows cost as much as others: leave them when they are many
+                cache.batch_select_indices(still.nonzero().flatten())
+                going, step = going[still], step[still]
+            step = torch.where(
+                torch.isin(step, ends),
+                step,
+                self.model(step.unsqueeze(1), past_key_values=cache).logits[:, -1].argmax(-1),
+            )
+            out[going, made:] = step.unsqueeze(1)
+            made += 1
+        return out[:, :made]
 
     def _ends(self) -> Tensor:
         ends = self.model.generation_config.eos_token_id if self.model.generation_config else None

@@ -6,9 +6,11 @@ from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+import fewer
 from fewer.methods.kv.adakv import AdaKV
 from fewer.methods.kv.expected_attention import ExpectedAttention
 from fewer.methods.kv.h2o import H2O
@@ -17,6 +19,7 @@ from fewer.methods.kv.pyramidkv import PyramidKV
 from fewer.methods.kv.snapkv import SnapKV
 from fewer.methods.kv.streaming_llm import StreamingLLM
 from fewer.methods.kv.tova import TOVA
+from fewer.types import FewerError
 from tests.tiny import CONFIGS, prompt
 
 FAMILIES = list(CONFIGS)
@@ -36,6 +39,9 @@ MORE_METHODS: dict[str, Any] = {
     "pyramidkv": PyramidKV(window=8),
     "tova": TOVA(),
 }
+
+PAIRS = [(family, "adakv") for family in FAMILIES] + [("llama", name) for name in MORE_METHODS if name != "adakv"]
+"""Every family with one method, and every method on one family: one fault shows in either."""
 
 
 def cached(model: Any, cache: Any, *turns: Tensor, **call: Any) -> list[Tensor]:
@@ -135,3 +141,19 @@ def newborn(model: nn.Module) -> Iterator[Callable[[], dict[int, int]]]:
         yield look
     finally:
         gc.unfreeze()
+
+
+# --- what both front doors refuse ---
+
+
+def refused(
+    model: Any, error: type[FewerError], message: str, method: Any = "knorm", keep: Any = 0.5, **how: Any
+) -> None:
+    """Both front doors refuse, and leave everything as it was."""
+    before = state(model) if isinstance(model, nn.Module) else None
+    with pytest.raises(error, match=message), fewer.compress(model, method, keep, **how):
+        raise AssertionError("the context was entered")
+    with pytest.raises(error, match=message):
+        fewer.Cache(model, method, keep, **how)
+    if before is not None:
+        assert_same_state(before, state(model))

@@ -127,10 +127,12 @@ class Twin:
         *,
         sinks: int | None = None,
         dtype: torch.dtype = torch.float32,
-        **policy: Any,
+        when: Any = "prefill",
+        every: int = 64,
+        **changes: Any,
     ) -> None:
-        self.model, self.plain = tiny(family, dtype=dtype), tiny(family, attn=MASKED, dtype=dtype)
-        self.cache = fewer.Cache(self.model, method, keep, **policy)
+        self.model, self.plain = (tiny(family, dtype=dtype, attn=attn, **changes) for attn in ("sdpa", MASKED))
+        self.cache = fewer.Cache(self.model, method, keep, when=when, every=every)
         self.full = DynamicCache(config=self.plain.config)
         self.sinks = sinks
         self.seen: Tensor | None = None  # the attention mask so far

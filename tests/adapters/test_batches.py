@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 
 import fewer
-from tests.adapters.common import ADA, FAMILIES, METHODS, MORE_METHODS, SNAP
+from tests.adapters.common import ADA, FAMILIES, METHODS, MORE_METHODS, PAIRS, SNAP
 from tests.adapters.emulate import Twin, assert_close, columns, difference, kept_positions, ours
 from tests.tiny import prompt, tiny
 
 FIRST, SECOND = [40, 27, 33], [5, 9, 2]  # tokens of each row in two turns
-PAIRS = [(family, "adakv") for family in FAMILIES] + [("llama", method) for method in MORE_METHODS if method != "adakv"]
 
 
 def batch(lengths: list[int], side: str, seed: int) -> tuple[Tensor, Tensor]:
@@ -79,7 +78,10 @@ def test_a_row_in_a_batch_is_the_row_alone(family: str, method: str, side: str) 
 @pytest.mark.parametrize("method", ["adakv", "h2o", "streaming-llm in cache"])
 def test_rows_stay_apart_while_decoding(method: str, when: Any, side: str) -> None:
     model = tiny("llama")
-    steps = [batch(FIRST, side, 10), *((prompt(1, rows=3, seed=s), torch.ones(3, 1, dtype=torch.long)) for s in range(5))]
+    steps = [
+        batch(FIRST, side, 10),
+        *((prompt(1, rows=3, seed=s), torch.ones(3, 1, dtype=torch.long)) for s in range(5)),
+    ]
     caches = []
     for rows in (slice(None), *(slice(row, row + 1) for row in range(3))):
         cache = fewer.Cache(model, MORE_METHODS[method], 0.5, when=when, every=2)

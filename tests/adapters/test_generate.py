@@ -1,4 +1,4 @@
-"""`generate`, unchanged: greedy, sampled, by beams, in chunks, in several turns; and `fewer.Cache` beside `compress`."""
+"""`generate`, unchanged: greedy, sampled, by beams, in chunks, in turns; and `fewer.Cache` beside `compress`."""
 
 import math
 from typing import Any

@@ -1,21 +1,22 @@
 """Freed memory: the process lets go of what was dropped, and the report counts what is held to the byte."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import fewer
+from fewer.methods.kv.adakv import AdaKV
 from fewer.methods.kv.h2o import H2O
 from fewer.methods.kv.streaming_llm import StreamingLLM
-from tests.adapters.common import ADA, FAMILIES, MORE_METHODS, SNAP, cached, held, newborn, tensors_in, turns
+from fewer.types import Tokens
+from tests.adapters.common import ADA, FAMILIES, MORE_METHODS, PAIRS, SNAP, cached, held, newborn, tensors_in, turns
 from tests.adapters.emulate import ours
 from tests.tiny import prompt, tiny
 
 N = 240
-
-
-PAIRS = [(family, "adakv") for family in FAMILIES] + [("llama", method) for method in MORE_METHODS if method != "adakv"]
 
 
 @pytest.mark.parametrize(("family", "method"), PAIRS)
@@ -87,7 +88,7 @@ def test_nothing_kept_holds_on_to_a_graph() -> None:
 
 @pytest.mark.parametrize(("method", "keep"), [("adakv", 0.25), ("h2o", 0.25), ("adakv", 1.0)])
 def test_the_peak_holds_one_layer_whole(method: str, keep: float) -> None:
-    """While layer after layer is filled, the tensors as large as a layer's keys do not become more, unless all stays."""
+    """While layer after layer is filled, tensors as large as a layer's keys do not become more, unless all stays."""
     model = tiny("llama", num_hidden_layers=5)
     size, counts = N * 32 * 4, []
     with newborn(model) as alive, fewer.Cache(model, MORE_METHODS[method], keep=keep) as cache:
@@ -136,13 +137,23 @@ def test_a_budget_in_bytes_is_for_the_layers_that_are_compressed() -> None:
         assert all(layer.bytes_kept == layer.bytes_full > 0 for layer in layers if layer.state == "left alone")
 
 
-def test_a_budget_in_bytes_covers_scores_of_uneven_heads() -> None:
-    from fewer.methods.kv.adakv import AdaKV
+@dataclass(frozen=True)
+class OneHead(H2O):
+    """Heavy hitters, and the first head's are worth far more than the others'."""
 
+    def score(self, tokens: Tokens) -> Tensor:
+        first = torch.arange(tokens.positions.shape[1]).view(-1, 1) == 0
+        return super().score(tokens) + 1e3 * first
+
+
+def test_a_budget_in_bytes_covers_the_scores_of_uneven_heads() -> None:
+    """Scores that live on with the keys are counted with them, however unevenly the heads share."""
     model = tiny("gpt_neox")
-    with fewer.Cache(model, AdaKV(H2O(), floor=0.0), keep="20KB") as cache:
+    with fewer.Cache(model, AdaKV(OneHead(), floor=0.1), keep="20KB") as cache:
         cached(model, cache, prompt(N))
-        assert cache.report.bytes_kept <= 20_000
+        counts = cache.report.layers[0].kept[0]
+        assert max(counts) > 3 * min(counts)
+        assert held(cache) == cache.report.bytes_kept <= 20_000
 
 
 def test_a_budget_in_bytes_is_shared_by_the_rows() -> None:

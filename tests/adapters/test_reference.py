@@ -12,7 +12,7 @@ from tests.adapters.common import ADA, FAMILIES, METHODS, SNAP
 from tests.adapters.emulate import Twin, View, assert_close, difference, kept_positions, ours, turned
 from tests.tiny import prompt, tiny
 
-FOLLOWING = [7, 1, 1, 4, 1]  # tokens of the forwards after the prompt: several at once, and single ones
+FOLLOWING = [7, 1, 4, 1]  # tokens of the forwards after the prompt: several at once, and single ones
 
 
 def follow(twin: Twin) -> float:

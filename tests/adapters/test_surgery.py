@@ -1,4 +1,4 @@
-"""What generation does to a cache between forwards: crop, repeat, select, reorder and reset, and what follows is right."""
+"""What generation does to a cache between forwards: crop, repeat, select, reorder, reset; what follows is right."""
 
 from typing import Any
 
@@ -35,7 +35,9 @@ def follow(twin: Twin) -> float:
 
 
 @pytest.mark.parametrize("how", ["negative", "positive"])
-@pytest.mark.parametrize("gone", [1, 4, 11, 33])  # of the tail; all of it; into what was packed; past the whole recent window
+@pytest.mark.parametrize(
+    "gone", [1, 4, 11, 33]
+)  # of the tail; all of it; into what was packed; past the whole recent window
 @pytest.mark.parametrize("method", [SNAP, ADA, H2O(), StreamingLLM()], ids=["snapkv", "adakv", "h2o", "streaming-llm"])
 def test_crop(method: Any, gone: int, how: str) -> None:
     twin = Twin("llama", method, 0.5, sinks=4 if method == StreamingLLM() else None)
@@ -131,6 +133,12 @@ def test_a_padded_batch_crops_its_tail_and_says_what_it_cannot() -> None:
     assert cache.report.layers[0].seen == (24, 31)
     cache.crop(-1)
     assert cache.report.layers[0].seen == (23, 30)
+    cache.freeze()
+    turn = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]])
+    model(prompt(5, rows=2), attention_mask=torch.cat([real, turn], 1), past_key_values=cache)
+    cache.crop(-2)
+    assert cache.report.layers[0].seen == (24, 33)
+    assert held(cache) == cache.report.bytes_kept
 
 
 @pytest.mark.parametrize("when", ["prefill", "both"])

@@ -78,7 +78,16 @@ def test_generate_prints_the_text_and_then_the_report(fewer, model: str) -> None
 def test_generate_reads_a_file(fewer, model: str, tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_text("some words " * 20)
     code, out, _ = fewer(
-        "generate", "--file", str(tmp_path / "in.txt"), "--model", model, "--keep", "64", "--max-new-tokens", "2", "--json"
+        "generate",
+        "--file",
+        str(tmp_path / "in.txt"),
+        "--model",
+        model,
+        "--keep",
+        "64",
+        "--max-new-tokens",
+        "2",
+        "--json",
     )
     assert code == 0
     assert json.loads(out)["report"]["layers"][0]["kept"] == [[65, 65]]

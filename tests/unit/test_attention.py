@@ -10,7 +10,6 @@ from torch import Tensor
 from fewer import attention
 from fewer.attention import attend
 from fewer.ragged import Dense, Ragged
-from fewer.types import Plan
 
 COUNTS = {"uneven": ((5, 0, 3), (1, 7, 2)), "even": ((4, 4, 4), (4, 4, 4)), "one": ((1, 1, 1), (1, 1, 1))}
 MASKS = ("none", "causal", "bool", "heads", "additive", "padded")
@@ -21,8 +20,7 @@ def stored(counts: tuple[tuple[int, ...], ...], d: int = 8, e: int = 6) -> Ragge
     keys, values = torch.randn(2, 3, n, d), torch.randn(2, 3, n, e)
     positions = torch.arange(n).expand(2, 3, n)
     wanted = torch.tensor(counts).unsqueeze(-1)
-    kept = Plan.keep(torch.arange(n) >= n - wanted).survivors
-    return Ragged.pack(Dense(keys, values, positions, positions, positions < 0), kept, None)
+    return Ragged.pack(Dense(keys, values, positions, positions, torch.arange(n) < n - wanted), moved=False)
 
 
 def naive(

@@ -1,11 +1,11 @@
 """Packed storage of uneven heads: nothing is lost on the way in, out, between rows or between batches."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from torch import Tensor
 
 from fewer.ragged import Dense, Ragged
-from fewer.types import Plan
 
 
 def rectangle(b: int = 2, h: int = 3, n: int = 6, d: int = 4, e: int = 2, seed: int = 0) -> Dense:
@@ -24,16 +24,14 @@ UNEVEN = ((1, 6, 0), (3, 2, 4))
 EVEN = ((4, 4, 4), (4, 4, 4))
 
 
-def survivors(counts: tuple[tuple[int, ...], ...], n: int = 6) -> Tensor:
-    """The last `count` tokens of each row and head."""
-    wanted = torch.tensor(counts).unsqueeze(-1)
-    return Plan.keep(torch.arange(n) >= n - wanted).survivors
+def only(dense: Dense, counts: tuple[tuple[int, ...], ...]) -> Dense:
+    """The same rectangle with the last `count` tokens of each row and head, the others called padding."""
+    n = dense.keys.shape[2]
+    return replace(dense, padding=torch.arange(n) < n - torch.tensor(counts).unsqueeze(-1))
 
 
 def packed(counts: tuple[tuple[int, ...], ...] = UNEVEN, moved: bool = False, seed: int = 0) -> Ragged:
-    dense = rectangle(seed=seed)
-    index = survivors(counts)
-    return Ragged.pack(dense, index, dense.placed.gather(2, index.clamp(min=0)) if moved else None)
+    return Ragged.pack(only(rectangle(seed=seed), counts), moved=moved)
 
 
 def same(a: Ragged, b: Ragged) -> None:
@@ -70,7 +68,7 @@ def test_held_sees_a_difference() -> None:
 @pytest.mark.parametrize("counts", [UNEVEN, EVEN])
 def test_packing_copies_the_survivors_head_after_head(counts: tuple[tuple[int, ...], ...]) -> None:
     dense = rectangle()
-    ragged = Ragged.pack(dense, survivors(counts), None)
+    ragged = Ragged.pack(only(dense, counts), moved=False)
     assert ragged.counts == counts and ragged.placed is None
     held(ragged, dense)
     dense.keys.zero_()  # a copy: what was packed does not hang on the rectangle
@@ -81,7 +79,8 @@ def test_worked_example() -> None:
     """One row, two heads with 1 and 3 tokens: entries 0 and 1 to 3; the first head is padded twice at the front."""
     keys = torch.tensor([[[[1.0], [2], [3]], [[4], [5], [6]]]])
     dense = Dense(keys, keys, torch.arange(3).expand(1, 2, 3), torch.arange(3).expand(1, 2, 3), keys[..., 0] < 0)
-    ragged = Ragged.pack(dense, torch.tensor([[[1, -1, -1], [0, 1, 2]]]), None)
+    hidden = torch.tensor([[[True, False, True], [False] * 3]])
+    ragged = Ragged.pack(replace(dense, padding=hidden), moved=False)
     assert ragged.keys.flatten().tolist() == [2, 4, 5, 6]
     assert ragged.bounds == [[(0, 1), (1, 4)]] and ragged.even is None
     again = ragged.dense()
@@ -98,8 +97,7 @@ def test_dense_and_back(counts: tuple[tuple[int, ...], ...], moved: bool) -> Non
     assert dense.keys.shape == (2, 3, max(max(row) for row in counts), 4)
     assert torch.equal((~dense.padding).sum(-1), torch.tensor(counts))
     assert torch.equal(dense.placed, dense.positions + 100 * (~dense.padding) if moved else dense.positions)
-    index = Plan.keep(~dense.padding).survivors
-    same(Ragged.pack(dense, index, dense.placed.gather(2, index.clamp(min=0)) if moved else None), ragged)
+    same(Ragged.pack(dense, moved=moved), ragged)
 
 
 def test_even_heads_are_a_view() -> None:
@@ -148,5 +146,5 @@ def test_bytes() -> None:
 def test_half_precision_stays() -> None:
     dense = rectangle()
     half = Dense(dense.keys.half(), dense.values.half(), dense.positions, dense.placed, dense.padding)
-    ragged = Ragged.pack(half, survivors(UNEVEN), None)
+    ragged = Ragged.pack(only(half, UNEVEN), moved=False)
     assert ragged.keys.dtype == ragged.values.dtype == ragged.dense().keys.dtype == torch.float16

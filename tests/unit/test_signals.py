@@ -134,6 +134,20 @@ def test_the_last_queries_of_short_rows(ends: tuple[int, ...]) -> None:
     assert found.positions[1, 3:].tolist() == [0, 1] and found.softcap == 7.0
 
 
+def test_the_window_averages_over_the_queries_a_row_has() -> None:
+    """A row of 2 tokens in a window of 5: the mean over its 2 rows of attention, so each head's weights add up to 1."""
+    rows = [random_row(12, seed=1), random_row(2, seed=2)]
+    observer = Queries(5).start()
+    feed(observer, rows, ())
+    keys = torch.stack([torch.nn.functional.pad(row.keys, (0, 0, 12 - len(row), 0)) for row in rows])
+    positions = torch.stack([torch.arange(12), torch.arange(12) - 10]).clamp(min=-1).unsqueeze(1).expand(-1, 2, -1)
+    seen = attention.window_attention(window(observer), keys, positions, positions < 0)
+    torch.testing.assert_close(seen.sum(-1), torch.ones(2, HEADS))
+    for index, row in enumerate(rows):
+        expected = naive.attention(row.query, row.keys)[:, -5:].mean(1)
+        torch.testing.assert_close(seen[index, :, -len(row) :].double(), expected, rtol=1e-4, atol=1e-6)
+
+
 def test_padding_after_real_queries_does_not_push_them_out() -> None:
     """A second forward in which the first row adds nothing but padding leaves its window as it was."""
     row = random_row(4)

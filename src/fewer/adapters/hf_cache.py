@@ -116,6 +116,14 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         other.layers = [layer.under(other.shared) if isinstance(layer, Layer) else copy(layer) for layer in self.layers]
         return other
 
+    def fork(self) -> "Cache":
+        """The same cache, frozen, to go on from twice: it shares what is held so far, and what it reads is its own."""
+        other = Cache.within(self.shared.host, self.shared.policy)
+        other.shared.frozen = True
+        for index, layer in enumerate(self.layers):
+            other.layers[index] = layer.fork(other.shared) if isinstance(layer, Layer) else copy(layer)
+        return other
+
     @staticmethod
     def stack(caches: "Sequence[Cache]") -> "Cache":
         """The rows of several caches of one length as one frozen batch, each row as its own method left it."""

@@ -387,26 +387,26 @@ class Layer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._carry_out(plan, dense)
 
     def _carry_out(self, plan: Plan, dense: Dense) -> None:
+        there = plan.survivors >= 0
+        at = plan.survivors.clamp(min=0)
+        chosen = Dense(
+            plan.pick(dense.keys),
+            plan.pick(dense.values),
+            dense.positions.gather(2, at),
+            dense.placed.gather(2, at),
+            ~there,
+        )
+        moved = plan.moved is not None or (self.kept is not None and self.kept.placed is not None)
         if plan.moved is not None:
-            dense, placed = replace(dense, keys=self._turned(dense, plan)), plan.moved
-        elif self.kept is not None and self.kept.placed is not None:
-            placed = dense.placed.gather(2, plan.survivors.clamp(min=0))
-        else:
-            placed = None
-        self.kept = Ragged.pack(dense, plan.survivors, placed)
+            rotary = self.shared.host.rotary
+            if rotary is None:
+                raise UnsupportedModel("the plan moves keys to other positions, and the model has no rotary embedding")
+            by = torch.where(there, plan.moved - chosen.placed, 0)
+            chosen = replace(chosen, keys=rotary.turn(chosen.keys, by), placed=plan.moved)
+        self.kept = Ragged.pack(chosen, moved=moved)
         # empty tensors of their own: a slice would hold the whole prompt's keys
         self.keys, self.values = self.keys[:, :, :0].clone(), self.values[:, :, :0].clone()
         self.hidden = None
-
-    def _turned(self, dense: Dense, plan: Plan) -> Tensor:
-        """The keys, with survivors rotated on to the positions the plan moves them to."""
-        assert plan.moved is not None
-        rotary = self.shared.host.rotary
-        if rotary is None:
-            raise UnsupportedModel("the plan moves keys to other positions, and the model has no rotary embedding")
-        slot = plan.slot.clamp(min=0)
-        by = torch.where(plan.slot < 0, 0, plan.moved.gather(-1, slot) - dense.placed)
-        return rotary.turn(dense.keys, by)
 
     def _clock(self) -> float:
         if self.is_initialized and self.device.type == "cuda":
@@ -417,8 +417,8 @@ class Layer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def under(self, shared: Shared) -> "Layer":
         """A copy under another policy, compressed at once by it; this layer stays as it is."""
-        other = copy(self)
-        other.shared, other.observers, other.watched, other.asked = shared, {}, {}, ()
+        other = self.fork(shared)
+        other.asked = ()
         policy, start = shared.policy, self._clock()
         if not policy.budget.whole:
             budget = policy.budget.within(self.token_bytes(policy.method))
@@ -427,11 +427,17 @@ class Layer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
         other.seconds = self._clock() - start + sum(self.watched.get(need, 0.0) for need in policy.method.needs)
         return other
 
+    def fork(self, shared: Shared) -> "Layer":
+        """A copy to go on from separately: nothing held is ever written to in place, so it can be shared."""
+        other = copy(self)
+        other.shared, other.observers, other.watched = shared, {}, {}
+        return other
+
     @staticmethod
     def stack(parts: "list[Layer]", shared: Shared) -> "Layer":
         """The rows of several layers of one length as one batch, everything packed."""
-        one = copy(parts[0])
-        one.shared, one.observers, one.watched, one.asked, one.hidden = shared, {}, {}, (), None
+        one = parts[0].fork(shared)
+        one.asked, one.hidden = (), None
         one.kept = Ragged.stack([part.packed() for part in parts])
         one.real = [real for part in parts for real in part.real]
         h = one.keys.shape[1]
@@ -443,11 +449,7 @@ class Layer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Everything held, packed; the layer itself is left as it is."""
         if self.kept is not None and not self.keys.shape[2]:
             return self.kept
-        dense = self._dense()
-        moved = self.kept is not None and self.kept.placed is not None
-        plan = Plan.keep(~dense.padding)
-        placed = dense.placed.gather(2, plan.survivors.clamp(min=0))
-        return Ragged.pack(dense, plan.survivors, placed if moved else None)
+        return Ragged.pack(self._dense(), moved=self.kept is not None and self.kept.placed is not None)
 
     def report(self) -> LayerReport:
         state: Literal["compressed", "whole"] = "whole" if self.kept is None else "compressed"

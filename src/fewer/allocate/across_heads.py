@@ -14,7 +14,7 @@ def across_heads(tokens: Tokens, scores: Float[Tensor, "b h n"], even: Allocatio
     `floor` of a head's even share is guaranteed; the rest follows how many of the layer's best scores each head holds.
     """
     b, h, n = scores.shape
-    counts = torch.empty_like(even.counts)
+    counts, floors = torch.empty_like(even.counts), torch.empty_like(even.counts)
     for row in range(b):
         caps = tokens.available[row].tolist()
         share = int(even.counts[row].max())  # a head that an earlier compression left with less has a lower even count
@@ -26,10 +26,11 @@ def across_heads(tokens: Tokens, scores: Float[Tensor, "b h n"], even: Allocatio
             won = won + torch.bincount(best // n, minlength=h)
         # splitting the rest by what was won is the published mix, floor * even + (1 - floor) * won, made exact
         base = [min(int(floor * share), cap) for cap in caps]
+        floors[row] = torch.tensor(base)
         spread = Budget.split(
             total - sum(base),
             [float(x) for x in won.tolist()],
             [cap - low for cap, low in zip(caps, base, strict=True)],
         )
         counts[row] = torch.tensor([low + more for low, more in zip(base, spread, strict=True)])
-    return Allocation(counts, floor=(even.counts * floor).long(), note=even.note)
+    return Allocation(counts, floor=floors, note=even.note)

@@ -41,12 +41,13 @@ def test_padding_may_be_no_number_at_all() -> None:
     same_alone_and_padded(KNorm(), 0.3, lengths=(10, 20), filler=torch.nan)
 
 
-def test_norms_do_not_overflow_in_half_precision() -> None:
-    """A float16 key of 64 times 60 has a squared norm of 230,400, above float16's 65,504."""
-    keys = torch.full((1, 2, 64), 60.0)
-    keys[0, 1] = 59
-    tokens = place(KNorm(), Row(keys.half(), keys.half(), keys.half()))
-    assert KNorm().score(tokens)[0, 0].tolist() == [-480, -472]
+def test_norms_are_not_rounded_to_half_precision() -> None:
+    """64 channels of 60 have the norm 480; with one of them 59 it is 479.876, which bfloat16 would round to 480."""
+    keys = torch.full((1, 2, 64), 60.0, dtype=torch.bfloat16)
+    keys[0, 0, 0] = 59
+    tokens = place(KNorm(), Row(keys, keys, keys))
+    agree(KNorm().score(tokens)[0, 0], -torch.tensor([(480**2 - 119) ** 0.5, 480.0]))
+    assert KNorm().score(tokens)[0, 0, 0] > KNorm().score(tokens)[0, 0, 1]
 
 
 def test_kvpress_keeps_the_same() -> None:

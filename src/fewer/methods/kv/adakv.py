@@ -6,7 +6,8 @@
 Any scorer can stand inside; the heads really keep different numbers, and their memory is really freed.
 
 Differs from the paper: the total is exact (the official rounding is not corrected); the scorer inside pools each query
-head before the mean over its group, as our SnapKV does, where the official code pools after it.
+head before the mean over its group, as our SnapKV does, where the official code pools after it. The official script can
+weigh heads by how much of their mass their top tokens hold (normalize=True, kernel 5); this is its normalize=False.
 """
 
 from dataclasses import dataclass, field
@@ -35,7 +36,7 @@ class AdaKV:
     card: ClassVar[Card] = Card(
         source="arXiv 2407.11550",
         faithfulness="official",
-        differs="exact totals; the default scorer pools before the mean over grouped query heads",
+        differs="exact totals; pools before the mean over grouped query heads; the official normalize=False",
     )
 
     @property
