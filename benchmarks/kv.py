@@ -4,8 +4,8 @@ What is measured, in words. A prefill of n tokens costs about 2 n FLOPs a weight
 a decoding step reads every weight and the whole cache, so a smaller cache can save at most the cache's share of those
 bytes: that share is the floor printed beside each ratio. Held bytes are the tensors the cache really holds.
 
-Everything is a ratio of two things timed in turn, A B A B, in one process: shared machines drift. kvpress needs an older
-transformers and runs in an environment of its own, on the same token ids, scorer and keep, with its own plain model as
+Everything is a ratio of two things timed in turn, A B A B, in one process: shared machines drift. kvpress needs an
+older transformers and runs in an environment of its own, on the same token ids, scorer and keep, with its own plain model as
 its denominator. Correctness comes first: kept positions must equal those of kvpress where the rules are the same, and
 keeping everything must not change a logit; otherwise nothing is timed.
 
@@ -14,7 +14,6 @@ keeping everything must not change a logit; otherwise nothing is timed.
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -26,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 from rich.table import Table
 
@@ -163,7 +161,7 @@ def main() -> None:
 
     path = models.default_model_path(say=print)
     model, tokenizer = models.load("default")
-    ids = tokenizer(text.novel()[: options.tokens * 8], return_tensors="pt").input_ids[:, : options.tokens]
+    ids = tokenizer(text.prose()[: options.tokens * 8], return_tensors="pt").input_ids[:, : options.tokens]
     decoder = Decoder.of(model)
     full = decoder.cache_bytes(options.tokens)
     floor = decoder.decode_bytes(int(full * KEEP)) / decoder.decode_bytes(full)
@@ -203,7 +201,7 @@ def main() -> None:
         "benchmark": "kv", "date": date.today().isoformat(), "tokens": options.tokens, "keep": KEEP,
         "repeats": options.repeats, "model": "SmolLM2-135M-Instruct, float32", "floor_decode": floor,
         "threads": torch.get_num_threads(), "hardware": environment.hardware(),
-        "versions": {**environment.versions(), "transformers": transformers.__version__, "python": platform.python_version()},
+        "versions": environment.versions(),
         "fewer": results, "kvpress": peer.get("results"), "kvpress_versions": peer.get("versions"),
     }  # fmt: skip
     if options.json:

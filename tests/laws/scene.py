@@ -1,4 +1,4 @@
-"""Random places for methods to decide at: keys, values, padding and every signal, gathered the way a host gathers them."""
+"""Random places for methods to decide at: keys, values, padding and every signal, gathered as a host gathers them."""
 
 from collections.abc import Sequence
 
@@ -9,6 +9,7 @@ from fewer.signals import Step
 from fewer.types import Method, Site, Tokens
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
+HERE = Site()
 
 
 class PlainRotary:
@@ -43,7 +44,7 @@ def scene(
     *,
     dtype: torch.dtype = torch.float32,
     protect: Sequence[int] = (),
-    site: Site = Site(),
+    site: Site = HERE,
 ) -> Tokens:
     """One batch of these rows, padded at the front to the longest, with the signals the method needs."""
     longest = max(q.shape[1] for q, _, _ in parts)

@@ -25,7 +25,7 @@ def across_heads(tokens: Tokens, scores: Float[Tensor, "b h n"], even: Allocatio
             best = rest.flatten().argsort(descending=True, stable=True)[:contested]
             won = won + torch.bincount(best // n, minlength=h)
         # splitting the rest by what was won is the published mix, floor * even + (1 - floor) * won, made exact
-        base = [min(int(floor * share), cap) for cap in caps]
+        base = [min(int(floor * share + 1e-9), cap) for cap in caps]
         floors[row] = torch.tensor(base)
         spread = Budget.split(
             total - sum(base),

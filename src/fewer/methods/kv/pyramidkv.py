@@ -3,7 +3,8 @@
     c = count - w;  last layer gets c / beta, first 2c - c / beta (at most all there is), linear between, each plus w
 
 Differs from the paper: shares are rounded by largest remainder, so that the layers' total is exactly the budget (the
-official integer division misses it either way, by up to a few tokens a layer); scores are averaged over grouped query heads, as in our SnapKV.
+official integer division misses it either way, by a few tokens a layer); scores are averaged over grouped query heads,
+as in our SnapKV.
 """
 
 from dataclasses import dataclass
