@@ -35,9 +35,7 @@ def follow(twin: Twin) -> float:
 
 
 @pytest.mark.parametrize("how", ["negative", "positive"])
-@pytest.mark.parametrize(
-    "gone", [1, 4, 11, 33]
-)  # of the tail; all of it; into what was packed; past the whole recent window
+@pytest.mark.parametrize("gone", [1, 4, 11, 33], ids=["tail", "whole tail", "packed", "whole window"])
 @pytest.mark.parametrize("method", [SNAP, ADA, H2O(), StreamingLLM()], ids=["snapkv", "adakv", "h2o", "streaming-llm"])
 def test_crop(method: Any, gone: int, how: str) -> None:
     twin = Twin("llama", method, 0.5, sinks=4 if method == StreamingLLM() else None)

@@ -161,3 +161,36 @@ def test_freeze_compresses_no_more(when: Any) -> None:
     cached(model, cache, *turns()[1:])
     assert cache.report.layers[0].kept == ((first + 7, first + 7),)
     assert held(cache) == cache.report.bytes_kept
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forks_go_on_separately(family: str) -> None:
+    """Each fork answers as the cache itself would, whatever the others have read, lost or exchanged since."""
+    model = tiny(family)
+    base = fewer.Cache(model, ADA, 0.5)
+    cached(model, base, prompt(40, rows=2))
+    kept, report = everything_kept(base), base.report
+    first, second, third = base.fork(), base.fork(), base.fork()
+    following = [ids.repeat(2, 1) for ids in turns()[1:]]
+    got = cached(model, first, *following)
+    cached(model, second, prompt(2, rows=2, seed=7))
+    second.reorder_cache(torch.tensor([1, 0]))
+    for index in ours(third):
+        third.layers[index].crop(-9)
+    assert everything_kept(base) == kept and base.report == report
+    for again, want in zip(cached(model, base.fork(), *following), got, strict=True):
+        assert torch.equal(again, want)
+    base.freeze()
+    for again, want in zip(cached(model, base, *following), got, strict=True):
+        assert torch.equal(again, want)
+
+
+def test_a_fork_reports_what_it_holds_and_why() -> None:
+    model = tiny("llama")
+    base = fewer.Cache(model, "snapkv", 0.5)
+    with pytest.warns(fewer.FewerWarning, match="kept whole"):
+        cached(model, base, prompt(40))
+    fork = base.fork()
+    assert fork.report.layers[0].kept == base.report.layers[0].kept
+    assert fork.report.notes == base.report.notes
+    assert held(fork) == fork.report.bytes_kept

@@ -265,8 +265,8 @@ def test_a_hostile_name_is_shown_as_it_is(tmp_path: Path, name: str) -> None:
 
 def test_what_was_not_measured_is_a_dash(tmp_path: Path) -> None:
     rows = [row("full", "needle", "unseen", 1.0, 0.9), row("knorm", "needle", "unseen", 0.5, 0.8)]
-    assert cells(rows, "knorm")[5] == "–"  # noqa: RUF001 - quality with the question seen
-    assert cells(rows, "knorm")[7:9] == ["–", "–"]  # noqa: RUF001 - KL and bits a byte
+    assert cells(rows, "knorm")[5] == "–"
+    assert cells(rows, "knorm")[7:9] == ["–", "–"]
     assert cells(rows, "full")[4] == "0.900"
     page = render(tmp_path, rows, replace(make_info(), kept={}))
     assert "0.800" in page.text
@@ -275,7 +275,7 @@ def test_what_was_not_measured_is_a_dash(tmp_path: Path) -> None:
 
 def test_a_mean_that_misses_a_task_is_a_dash_and_does_not_win() -> None:
     rows = [*make_rows(), row("easy", "needle", "unseen", 0.5, 1.0)]
-    assert cells(rows, "easy")[4] == "–"  # noqa: RUF001
+    assert cells(rows, "easy")[4] == "–"
     assert "easy" not in summary(rows)
 
 

@@ -1,0 +1,93 @@
+"""The shared prefill of a comparison gives what compressing in line gives; rows come out whole, ordered and in range."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import fewer
+from fewer import METHODS
+from fewer_eval.runner import _common, _until, _Watch, compare
+from fewer_eval.tasks import Example, Task
+from tests.front.tiny_files import save
+from tests.tiny import prompt, tiny
+
+TALK = Task(
+    "talk",
+    "finds a letter",
+    6,
+    lambda tokenizer, tokens, n, seed: [Example("abcdefg " * 20 + str(i), "Which?", ("a",)) for i in range(n)],
+)
+TEXT = Task(
+    "text",
+    "goes on",
+    30,
+    lambda tokenizer, tokens, n, seed: [Example("abcdefg " * 20, "", ("hijk lmno pqrs tuvw xyz",))] * n,
+    kind="text",
+)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "full"])
+def test_under_a_shared_prefill_is_compressing_in_line(name: str) -> None:
+    model, ids, more = tiny("llama"), prompt(150), prompt(7, seed=1)
+    needs = frozenset(need for cls in METHODS.values() for need in cls().needs)
+    with torch.inference_mode(), fewer.Cache(model, _Watch(needs), 1.0) as full:
+        model(ids, past_key_values=full)
+        shared = full.under(name, 0.6)
+        got = model(more, past_key_values=shared).logits
+        with fewer.Cache(model, name, 0.6) as own:
+            model(ids, past_key_values=own)
+            own.freeze()
+            want = model(more, past_key_values=own).logits
+    for a, b in zip(shared.layers, own.layers, strict=True):
+        assert torch.equal(a.kept.positions, b.kept.positions)
+    assert torch.allclose(got, want, atol=1e-4)
+
+
+def test_rows_of_a_comparison(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(save(tmp_path))
+    model = tiny("llama", vocab_size=257, eos_token_id=256, pad_token_id=256)
+    ticks: list[str] = []
+    done = compare(
+        model, tokenizer, [TALK, TEXT], ["random", "knorm", "full"], [0.5, 64], tokens=100, samples=2, tick=ticks.append
+    )
+    assert ticks == ["talk 1", "talk 2", "text 1", "text 2"]
+    cases = {("full", 1.0), *((m, k) for m in ("random", "knorm") for k in (0.5, 64))}
+    assert {(r.method, r.keep_asked, r.question) for r in done.rows if r.task == "talk"} == {
+        (m, k, q) for m, k in cases for q in ("seen", "unseen")
+    }
+    for row in done.rows:
+        if row.method == "full":
+            assert (row.loyalty, row.keep_got, row.bytes_kept) == (1.0, 1.0, row.bytes_full)
+            if row.task == "text":
+                assert (row.kl_bits, row.bpb_diff, row.quality) == (0.0, 0.0, 1.0)
+        else:
+            assert row.bytes_kept < row.bytes_full
+    assert len(done.kept["knorm @ 64"]) == 3
+
+
+def test_what_was_said_after_the_end_was_never_said() -> None:
+    assert _until([5, 6, 9, 7], {9}) == [5, 6, 9]
+    assert _until([5, 6], {9}) == [5, 6]
+    assert _common([5, 6, 7], [5, 6, 8, 9]) == 0.5
+    assert _common([5], [5, 6]) == 0.5
+
+
+@pytest.mark.slow
+def test_the_default_model_finds_the_needle_and_random_eviction_loses_it(default_model_path: Path) -> None:
+    """The real model, a real text: the full cache answers, and a quarter kept at random does not."""
+    from fewer.models import load
+    from fewer_eval.tasks import TASKS
+
+    model, tokenizer = load("default")
+    done = compare(
+        model, tokenizer, [TASKS["needle-single"]], ["random", "snapkv"], [0.25], tokens=600, samples=2,
+        questions=("unseen",),
+    )  # fmt: skip
+    quality = {row.method: row.quality for row in done.rows}
+    assert quality["full"] == 1.0
+    assert quality["random"] == 0.0
+    for row in done.rows:
+        if row.method != "full":
+            assert row.bytes_kept <= (0.25 + 0.02) * row.bytes_full
