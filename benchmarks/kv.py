@@ -6,8 +6,8 @@ bytes: that share is the floor printed beside each ratio. Held bytes are the ten
 
 Everything is a ratio of two things timed in turn, A B A B, in one process: shared machines drift. kvpress needs an
 older transformers and runs in an environment of its own, on the same token ids, scorer and keep, with its own plain
-model as its denominator. Correctness comes first: kept positions must be those of kvpress where the rules are the same, and
-keeping everything must not change a logit; otherwise nothing is timed.
+model as its denominator. Correctness comes first: kept positions must be those of kvpress where the rules are the
+same, and keeping everything must not change a logit; otherwise nothing is timed.
 
     python benchmarks/kv.py --peer .venv-kvpress/bin/python [--tokens 4096] [--repeats 3] [--json results/x.json]
 """

@@ -1,4 +1,4 @@
-"""The shared prefill of a comparison gives what compressing in line gives; rows come out whole, ordered and in range."""
+"""The shared prefill of a comparison gives what compressing in line gives; rows come out whole and in range."""
 
 from pathlib import Path
 
