@@ -73,12 +73,9 @@ def decode(model: Any, ids: torch.Tensor, cache: Any) -> float:
 def held(cache: Any) -> int:
     """Bytes of the storages that a cache's tensors keep alive, found by walking it, not by asking it."""
     storages: dict[int, int] = {}
-    seen: set[int] = set()
+    ours = ("fewer.ragged", "fewer.signals", "fewer.adapters.hf_layer", "transformers.cache_utils")
 
     def walk(thing: Any) -> None:
-        if id(thing) in seen or isinstance(thing, torch.nn.Module):
-            return
-        seen.add(id(thing))
         if isinstance(thing, torch.Tensor):
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
@@ -88,10 +85,8 @@ def held(cache: Any) -> int:
         elif isinstance(thing, (list, tuple)):
             for value in thing:
                 walk(value)
-        elif type(thing).__module__.startswith(
-            ("fewer.ragged", "fewer.signals", "fewer.adapters.hf_layer", "transformers")
-        ):
-            walk({k: v for k, v in vars(thing).items() if k not in ("shared", "host")})
+        elif type(thing).__module__.startswith(ours):
+            walk([value for name, value in vars(thing).items() if name != "shared"])
 
     walk(cache.layers)
     return sum(storages.values())
@@ -116,13 +111,14 @@ def ours(model: Any, ids: torch.Tensor, repeats: int) -> dict[str, dict[str, Any
         prefill, step, bytes_ratio = [], [], 0.0
         for _ in range(repeats):
             plain, out = seconds(lambda: model(ids, logits_to_keep=1))
-            full_step, full_bytes = decode(model, ids, out.past_key_values), held(out.past_key_values)
+            full_bytes = held(out.past_key_values)
+            full_step = decode(model, ids, out.past_key_values)
             del out
             with fewer.compress(model, method, keep=KEEP):
                 took, out = seconds(lambda: model(ids, logits_to_keep=1))
-                bytes_ratio = held(out.past_key_values) / full_bytes_of(model, ids.shape[1])
+                bytes_ratio = held(out.past_key_values) / full_bytes
                 step.append((decode(model, ids, out.past_key_values), full_step))
-            del out, full_bytes
+            del out
             prefill.append((took, plain))
         results[name] = {
             "prefill_ratio": statistics.median(a / b for a, b in prefill),
@@ -135,8 +131,14 @@ def ours(model: Any, ids: torch.Tensor, repeats: int) -> dict[str, dict[str, Any
     return results
 
 
-def full_bytes_of(model: Any, tokens: int) -> int:
-    return Decoder.of(model).cache_bytes(tokens)
+@torch.inference_mode()
+def held_ratios(model: Any, ids: torch.Tensor) -> dict[str, float]:
+    """Bytes held after a compressed prefill over those of the full cache."""
+    full, ratios = Decoder.of(model).cache_bytes(ids.shape[1]), {}
+    for name, method in METHODS.items():
+        with fewer.compress(model, method, keep=KEEP):
+            ratios[name] = held(model(ids, logits_to_keep=1).past_key_values) / full
+    return ratios
 
 
 def kept_positions(model: Any, ids: torch.Tensor, names: list[str]) -> dict[str, list[list[int]]]:
@@ -156,6 +158,7 @@ def main() -> None:
     parser.add_argument("--peer", help="the python of an environment with kvpress 0.5.5")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--bytes-only", action="store_true", help="only measure held bytes, once")
     parser.add_argument("--json", type=Path, help="also write the result here")
     options = parser.parse_args()
 
@@ -167,6 +170,9 @@ def main() -> None:
     floor = decoder.decode_bytes(int(full * KEEP)) / decoder.decode_bytes(full)
 
     correct(model, ids)
+    if options.bytes_only:
+        print(json.dumps(held_ratios(model, ids)))
+        return
     peer: dict[str, Any] = {}
     if options.peer:
         with tempfile.TemporaryDirectory() as folder:

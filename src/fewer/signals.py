@@ -149,29 +149,38 @@ class _ReceivedObserver:
     lasting = True
 
     def __init__(self) -> None:
-        self.total: Tensor | None = None
+        self.total: Tensor | None = None  # (b, h, n), or what is not empty of it where `counts` says so
+        self.counts: list[list[int]] = []
 
     def observe(self, step: Step) -> None:
         from fewer.score.attention import received  # score reads QueryWindow from here, so not importable above
 
         keys, positions, padding = step.dense()
         new = received(step, keys, positions, padding)
-        if self.total is not None:
-            new[..., : self.total.shape[-1]] += self.total  # keys only ever grow at the end between two gathers
-        self.total = new
+        if (old := self.value()) is not None:
+            new[..., : old.shape[-1]] += old  # keys only ever grow at the end between two gathers
+        self.total, self.counts = new, []
 
     def value(self) -> Tensor | None:
-        return self.total
+        if self.total is None or not self.counts:
+            return self.total
+        counts = torch.tensor(self.counts, device=self.total.device).unsqueeze(-1)  # (b, h, 1)
+        longest = int(counts.max())
+        there = torch.arange(longest, device=counts.device) >= longest - counts
+        return self.total.new_zeros(there.shape).masked_scatter(there, self.total)
 
     def regather(self, index: Tensor) -> None:
-        if self.total is not None:
-            width = self.total.shape[-1]
-            known = (index >= 0) & (index < width)
-            self.total = torch.where(known, self.total.gather(-1, index.clamp(0, width - 1)), 0.0)
+        if (old := self.value()) is not None:
+            width, there = old.shape[-1], index >= 0
+            known = there & (index < width)
+            new = torch.where(known, old.gather(-1, index.clamp(0, width - 1)), 0.0)
+            # as the keys themselves: heads that keep few cost few
+            aligned = not bool((there[..., :-1] & ~there[..., 1:]).any())
+            self.total, self.counts = (new[there], there.sum(-1).tolist()) if aligned else (new, [])
 
     def rows(self, index: Tensor) -> None:
-        if self.total is not None:
-            self.total = self.total[index]
+        if (old := self.value()) is not None:
+            self.total, self.counts = old[index], []
 
     @property
     def nbytes(self) -> int:

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -79,10 +78,11 @@ class Host:
             for m in model.modules()
             if getattr(m, "is_causal", False) and isinstance(getattr(m, "layer_idx", None), int)
         )
-        if len(attentions) != config.num_hidden_layers:
+        depth = getattr(config, "num_hidden_layers", 0)
+        if not attentions or len(attentions) != depth:
             raise UnsupportedModel(
                 f"{name} has {len(attentions)} causal self-attention layers that know their index, of "
-                f"{config.num_hidden_layers} layers: encoders, and decoders with other kinds of layers, cannot be "
+                f"{depth} layers: encoders, and decoders with other kinds of layers, cannot be "
                 f"compressed; pass a decoder such as LlamaForCausalLM"
             )
         backend = config._attn_implementation.removeprefix("fewer_")
@@ -129,30 +129,27 @@ class Host:
         return Attachment(self)
 
 
-_users: WeakKeyDictionary[PreTrainedModel, list[Any]] = WeakKeyDictionary()
+_users: dict[int, list[Any]] = {}
+"""Id of a config -> how many use it, the config, and what it said before: a model and its inner model share theirs."""
 
 
 class Attachment:
-    """One user of a model's rerouted attention. The last one to release it puts the model back."""
+    """One user of a model's rerouted attention. The last user of a config puts it back."""
 
     def __init__(self, host: Host) -> None:
-        self.model: PreTrainedModel | None = host.model
-        configs = {id(c): c for c in [host.config, *(m.config for m in host.attentions)]}.values()
-        users = _users.setdefault(host.model, [0, [(c, c._attn_implementation) for c in configs]])
-        users[0] += 1
+        self.configs = {id(c): c for c in [host.config, *(m.config for m in host.attentions)]}
         backend = host.config._attn_implementation.removeprefix("fewer_")
         name = f"fewer_{backend}"
         AttentionInterface.register(name, partial(attention, backend=backend))
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[backend])
-        for config in configs:
+        for key, config in self.configs.items():
+            _users.setdefault(key, [0, config, config._attn_implementation])[0] += 1
             config._attn_implementation = name
 
     def release(self) -> None:
         """Give the model's attention back; doing so twice changes nothing."""
-        model, self.model = self.model, None
-        if model is None or model not in _users:
-            return
-        _users[model][0] -= 1
-        if _users[model][0] == 0:
-            for config, implementation in _users.pop(model)[1]:
-                config._attn_implementation = implementation
+        configs, self.configs = self.configs, {}
+        for key, config in configs.items():
+            _users[key][0] -= 1
+            if _users[key][0] == 0:
+                config._attn_implementation = _users.pop(key)[2]

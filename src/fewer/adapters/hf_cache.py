@@ -8,7 +8,7 @@ past_key_values=fewer.Cache(...)     the same object, made by the user
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
+from copy import copy, deepcopy
 from typing import Any
 from weakref import WeakSet, finalize
 
@@ -75,6 +75,26 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
             self.shared.notes.append(f"{len(layers) - place} sliding-window layers are left alone")
         super().__init__(layers=layers)
 
+    def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        if layer_idx == 0 and len({layer.length for layer in self.layers if isinstance(layer, Layer)}) > 1:
+            raise FewerError(
+                "an earlier forward with this cache failed half way, so that some layers have read tokens which "
+                "others have not; make the cache anew"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Cache":
+        """A copy to go on with in another way; the model is not copied."""
+        host = self.shared.host
+        memo |= {id(host): host, id(host.rotary): host.rotary}
+        other = Cache.__new__(Cache)
+        own = {name: part for name, part in vars(self).items() if name not in ("_attachment", "_release")}
+        other.__dict__.update(deepcopy(own, memo))
+        if hasattr(self, "_release") and self._release.alive:
+            other._attachment = host.attach()
+            other._release = finalize(other, other._attachment.release)
+        return other
+
     def freeze(self) -> None:
         """Compress no more: what comes from now on is kept whole."""
         self.shared.frozen = True
@@ -119,7 +139,7 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
     def fork(self) -> "Cache":
         """The same cache, frozen, to go on from twice: it shares what is held so far, and what it reads is its own."""
         other = Cache.within(self.shared.host, self.shared.policy)
-        other.shared.frozen = True
+        other.shared.frozen, other.shared.notes = True, list(self.shared.notes)
         for index, layer in enumerate(self.layers):
             other.layers[index] = layer.fork(other.shared) if isinstance(layer, Layer) else copy(layer)
         return other

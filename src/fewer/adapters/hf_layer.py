@@ -163,6 +163,8 @@ class Layer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         q = query_length if isinstance(query_length, int) else query_length.shape[0]  # positions, up to 5.2
+        if q == 0:  # models ask for the mask before they touch a layer, so nothing was stored yet
+            raise FewerError("no tokens were passed: an empty prompt has nothing to compress")
         return self.length + q, 0
 
     def get_seq_length(self) -> int:
@@ -201,7 +203,7 @@ class Layer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
             b, h, n = dense.positions.shape
             index = torch.arange(n - gone, device=self.device).expand(b, h, n - gone)
             self.keys, self.values = self.keys[:, :, : tail - gone].clone(), self.values[:, :, : tail - gone].clone()
-            self.hidden = None if self.hidden is None else self.hidden[:, : tail - gone]
+            self.hidden = None if self.hidden is None else self.hidden[:, : tail - gone].clone()
         self.real, self.length = left.tolist(), self.length - gone
         for observer in self.observers.values():
             observer.regather(index)

@@ -39,7 +39,7 @@ def resolve(method: str | Method) -> Method:
     """
     if isinstance(method, str):
         if method not in METHODS:
-            near = get_close_matches(method, METHODS, n=3)
+            near = get_close_matches(method.lower(), METHODS, n=3)
             hint = f"did you mean {' or '.join(near)}? " if near else ""
             raise UnknownName(f"there is no method {method!r}; {hint}Known are {', '.join(METHODS)}")
         made: Method = METHODS[method]()
