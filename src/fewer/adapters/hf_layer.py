@@ -371,22 +371,23 @@ class Layer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
         start = self._clock()
         budget = budget.within(self.token_bytes(policy.method))
         plan, dense, order = self.decide(policy.method, budget, phase)
-        self._take(plan, dense, budget)
-        for observer in list(self.observers.values()):
-            observer.regather(_right_aligned(plan.survivors, order))
+        if self._take(plan, dense, budget):
+            for observer in self.observers.values():
+                observer.regather(_right_aligned(plan.survivors, order))
         if not policy.covers("decode"):  # the next prefill brings its own queries
             self.observers = {need: o for need, o in self.observers.items() if o.lasting}
         self.seconds += self._clock() - start
 
-    def _take(self, plan: Plan, dense: Dense, budget: Budget) -> None:
-        """Carry a plan out: pack the survivors, and let go of the rest."""
+    def _take(self, plan: Plan, dense: Dense, budget: Budget) -> bool:
+        """Carry a plan out: pack the survivors, and let go of the rest. False if there was nothing to let go of."""
         available = (~dense.padding).sum(-1)
         self.asked = tuple(budget.count(real) for real in self.real)
         if plan.note:
             self.shared.note(plan.note)
         if self.kept is None and bool((plan.counts == available).all()):
-            return  # nothing to drop: stay as transformers has it
+            return False  # stay as transformers has it
         self._carry_out(plan, dense)
+        return True
 
     def _carry_out(self, plan: Plan, dense: Dense) -> None:
         there = plan.survivors >= 0
