@@ -17,6 +17,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+BLOCK_CELLS = 1 << 20
+"""Numbers of unrotated queries held at once: few enough that a CPU's cache holds them."""
+
+
+def blank(x: Float[Tensor, "b h n d"], padding: Bool[Tensor, "b #h n"]) -> Float[Tensor, "b h n d"]:
+    """Zeros for padding, whose features may be no numbers at all; `x` itself where there is none."""
+    return x.masked_fill(padding.unsqueeze(-1), 0) if bool(padding.any()) else x
+
 
 @runtime_checkable
 class Rotary(Protocol):
@@ -220,12 +228,19 @@ class _MomentsObserver:
 
     def observe(self, step: Step) -> None:
         assert step.rotary is not None, "hosts without rotary positions refuse Moments before they run"
-        unrotated = step.rotary.turn(step.query, step.positions, back=True).float()
-        ignored = (step.padding | (step.positions < self.skip))[:, None, :, None]  # (b, 1, q, 1)
-        n = (~ignored).float().sum(2)  # (b, 1, 1)
-        mean = unrotated.masked_fill(ignored, 0).sum(2) / n.clamp(min=1)
-        centred = (unrotated - mean.unsqueeze(2)).masked_fill(ignored, 0)
-        spread = centred.transpose(-1, -2) @ centred  # (b, heads, d, d)
+        counted = (~step.padding & (step.positions >= self.skip)).float()[:, None, :, None]  # (b, 1, q, 1)
+        n = counted.sum(2)
+        query = blank(step.query, step.padding.unsqueeze(1))
+        b, heads, q, d = query.shape
+        mean, spread = query.new_empty(b, heads, d).float(), query.new_empty(b, heads, d, d).float()
+        size = max(1, BLOCK_CELLS // max(1, b * q * d))
+        for start in range(0, heads, size):
+            at = slice(start, start + size)
+            x = step.rotary.turn(query[:, at], step.positions, back=True).float()
+            x = x * counted
+            mean[:, at] = x.sum(2) / n.clamp(min=1)
+            x.addcmul_(counted, mean[:, at].unsqueeze(2), value=-1)
+            spread[:, at] = x.transpose(-1, -2) @ x
         last = torch.where(step.padding, -1, step.positions).amax(1) + 1
         if self.n.numel():  # merge the two samples' moments (Chan, Golub and LeVeque 1979)
             delta, both = mean - self.mean, self.n + n

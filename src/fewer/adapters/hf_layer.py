@@ -77,8 +77,10 @@ class Shared:
             warnings.warn(text, FewerWarning, stacklevel=2)
 
     def forget(self) -> None:
-        """The forward is over; hold nothing of its mask."""
+        """The forward is over; hold nothing of its mask and its positions."""
         self._mask = self._hidden = None
+        if self.host.rotary is not None:
+            self.host.rotary.forget()
 
     def padding(self, mask: Tensor | None, b: int, q: int) -> Tensor | None:
         """Which of the q new tokens are padding (b, q), or None for none: what the mask hides from its last row.

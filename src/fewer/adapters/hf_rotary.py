@@ -23,12 +23,20 @@ class HostRotary:
         self, module: nn.Module, apply: Callable[..., tuple[Tensor, Tensor]], layer_type: str | None, width: int
     ) -> None:
         self.module, self.apply, self.layer_type, self.width = module, apply, layer_type, width
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None  # positions and their tables: all layers ask for one
         self.scale = float(self._raw(torch.zeros(1, 1, dtype=torch.long))[0].max())  # cos(0) times the model's factor
 
     def _raw(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        like = torch.empty(0, device=positions.device)  # float32: rotating back and forth must not lose digits
-        cos, sin = self.module(like, positions, *([self.layer_type] if self.layer_type else []))
-        return cos, sin
+        last = self._last
+        if last is None or last[0].device != positions.device or not torch.equal(last[0], positions):
+            like = torch.empty(0, device=positions.device)  # float32: rotating back and forth must not lose digits
+            cos, sin = self.module(like, positions, *([self.layer_type] if self.layer_type else []))
+            last = self._last = positions, cos, sin
+        return last[1], last[2]
+
+    def forget(self) -> None:
+        """The forward is over; hold none of its tables."""
+        self._last = None
 
     def turn(self, x: Tensor, positions: Tensor, *, back: bool = False) -> Tensor:
         """Rotate `(b, h, n, d)` by positions `(b, n)` or `(b, h, n)`, or back; lengths and dtype are kept."""
