@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from fewer.compress import compress, step
 from fewer.methods import METHODS
+from fewer.report import Report
 from fewer.types import (
     Allocation,
     Budget,
@@ -14,7 +15,6 @@ from fewer.types import (
     Method,
     MissingSignal,
     Plan,
-    Report,
     Site,
     Tokens,
     UnknownName,

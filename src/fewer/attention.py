@@ -1,14 +1,17 @@
-"""The one attention function for compressed caches: packed, uneven heads and the tail of new tokens, in one softmax.
+"""The one attention function for compressed caches: kept parts in any form, uneven heads, masses, and the tail of new
+tokens, in one softmax. A token of mass m counts as m equal ones: log m is added to its logit.
 
 Grouped query heads share a key-value head by being rows of one product, so keys are read once for each key-value head
 and never repeated. Logits are held for a block of queries at a time.
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fewer.ragged import Ragged
+from fewer.ragged import Heads, Part, even, runs
 
 BLOCK_CELLS = 1 << 23
 """Most logits held at once (32 MB of float32)."""
@@ -16,7 +19,7 @@ BLOCK_CELLS = 1 << 23
 
 def attend(
     query: Float[Tensor, "b heads q d"],
-    kept: Ragged,
+    parts: Sequence[Part],
     keys: Float[Tensor, "b h t d"],
     values: Float[Tensor, "b h t e"],
     mask: Tensor | None,
@@ -27,28 +30,30 @@ def attend(
 
     Args:
         query: rotated queries of the last q of the t tail tokens.
-        kept: packed keys and values, every one visible to every query.
+        parts: what was kept, every token of it visible to every query.
         keys, values: the tail, the new tokens included.
         mask: for the tail: boolean (True = visible) or additive, `(b, 1 or heads, q, t)`; None is causal.
         scaling: factor on the logits.
         softcap: `cap * tanh(logits / cap)` where the model caps its logits.
     """
     b, heads, q, _ = query.shape
-    t, longest = keys.shape[2], max((count for row in kept.counts for count in row), default=0)
-    size = max(1, BLOCK_CELLS // (b * heads * (longest + t)))
+    longest = max(
+        (sum(at) for row in zip(*(p.counts for p in parts), strict=True) for at in zip(*row, strict=True)), default=0
+    )
+    size = max(1, BLOCK_CELLS // (b * heads * (longest + keys.shape[2])))
     if q <= size:
-        return _block(query, kept, keys, values, mask, scaling, softcap, q)
-    parts = []
+        return _block(query, parts, keys, values, mask, scaling, softcap, q)
+    blocks = []
     for start in range(0, q, size):
         rows = slice(start, min(start + size, q))
         cut = None if mask is None else mask[:, :, rows]
-        parts.append(_block(query[:, :, rows], kept, keys, values, cut, scaling, softcap, q - start))
-    return torch.cat(parts, dim=2)
+        blocks.append(_block(query[:, :, rows], parts, keys, values, cut, scaling, softcap, q - start))
+    return torch.cat(blocks, dim=2)
 
 
 def _block(
     query: Tensor,
-    kept: Ragged,
+    parts: Sequence[Part],
     keys: Tensor,
     values: Tensor,
     mask: Tensor | None,
@@ -72,24 +77,34 @@ def _block(
         else:
             seen = seen + mask
         capped = seen.view(b, h, -1, t)
-    if kept.even is not None:
-        k, e = kept.even, values.shape[-1]
-        stored = grouped @ kept.keys.view(b, h, k, d).transpose(-1, -2)
-        return _mix(stored, capped, kept.values.view(b, h, k, e), values, softcap).view(b, heads, q, e)
+    if even(parts):
+        return _mix(grouped, parts, None, slice(None), capped, values, softcap).view(b, heads, q, values.shape[-1])
     out = values.new_empty(b, h, grouped.shape[2], values.shape[-1])
-    for at, run, span in kept.runs:
-        k = (span.stop - span.start) // (run.stop - run.start)
-        stored = grouped[at, run] @ kept.keys[span].view(run.stop - run.start, k, d).transpose(-1, -2)
-        kept_values = kept.values[span].view(run.stop - run.start, k, values.shape[-1])
-        out[at, run] = _mix(stored, capped[at, run], kept_values, values[at, run], softcap)
+    for at, run in runs(parts):
+        out[at, run] = _mix(grouped[at, run], parts, at, run, capped[at, run], values[at, run], softcap)
     return out.view(b, heads, q, values.shape[-1])
 
 
-def _mix(stored: Tensor, tail: Tensor, kept: Tensor, values: Tensor, softcap: float | None) -> Tensor:
-    """One softmax over both parts, in float32."""
-    k = stored.shape[-1]
-    weights = torch.cat([_cap(stored, softcap), tail], dim=-1).softmax(-1, dtype=torch.float32).to(values.dtype)
-    return weights[..., :k] @ kept + weights[..., k:] @ values
+def _mix(
+    query: Tensor,
+    parts: Sequence[Part],
+    row: int | None,
+    heads: Heads,
+    tail: Tensor,
+    values: Tensor,
+    softcap: float | None,
+) -> Tensor:
+    """One softmax over all parts and the tail, in float32."""
+    logits = []
+    for part in parts:
+        stored, bias = _cap(part.logits(query, row, heads), softcap), part.bias(row, heads)
+        logits.append(stored if bias is None else stored + bias)
+    weights = torch.cat([*logits, tail], dim=-1).softmax(-1, dtype=torch.float32).to(values.dtype)
+    *kept, last = torch.split(weights, [x.shape[-1] for x in (*logits, tail)], dim=-1)
+    out: Tensor = last @ values
+    for part, share in zip(parts, kept, strict=True):
+        out = out + part.mix(share, row, heads)
+    return out
 
 
 def _cap(logits: Tensor, softcap: float | None) -> Tensor:

@@ -6,10 +6,8 @@ These are the floors that a benchmark prints beside what it measured.
 from dataclasses import dataclass
 from typing import Any
 
+from fewer.codec import POSITION_BYTES
 from fewer.types import Budget, Keep
-
-POSITION_BYTES = 4
-"""Each kept entry knows its position, as an int32."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ class Decoder:
         places = rows * self.layers * self.kv_heads
         if budget.whole:
             return places * tokens * entry
-        budget = budget.within(places * (entry + POSITION_BYTES))
+        budget = budget.within(lambda count: places * count * (entry + POSITION_BYTES))
         kept = budget.count(tokens)
         return places * kept * (entry + (POSITION_BYTES if kept < tokens else 0))
 

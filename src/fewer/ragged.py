@@ -1,9 +1,15 @@
-"""Storage for heads that keep different numbers of tokens: packed flat, nothing padded, nothing masked."""
+"""How kept tokens are held: heads of different lengths, packed flat, nothing padded, nothing masked.
+
+Dense      tokens as a rectangle, for the stages
+Part       what attention reads: the tokens of every row and head, in whatever form (see `codec.py` for others)
+Ragged     the plain Part, in full precision
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,13 +18,104 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Dense:
-    """The same tokens as a rectangle, for the stages: shorter heads are padded at the front."""
+    """The same tokens as a rectangle, for the stages: shorter heads are padded at the front.
+
+    `placed` is the position that a key is rotated to; `mass` is how many tokens each counts as, None for one each.
+    """
 
     keys: Float[Tensor, "b h k d"]
     values: Float[Tensor, "b h k e"]
     positions: Int[Tensor, "b h k"]
     placed: Int[Tensor, "b h k"]
     padding: Bool[Tensor, "b h k"]
+    mass: Float[Tensor, "b h k"] | None = None
+
+    def take(self, columns: Int[Tensor, "b h k"]) -> "Dense":
+        """These columns of each head; -1 gives padding."""
+        at = columns.clamp(min=0)
+        wide = at.unsqueeze(-1)
+        return Dense(
+            self.keys.gather(2, wide.expand(-1, -1, -1, self.keys.shape[-1])),
+            self.values.gather(2, wide.expand(-1, -1, -1, self.values.shape[-1])),
+            self.positions.gather(2, at),
+            self.placed.gather(2, at),
+            self.padding.gather(2, at) | (columns < 0),
+            None if self.mass is None else self.mass.gather(2, at),
+        )
+
+    @staticmethod
+    def join(parts: "Sequence[Dense]") -> "Dense":
+        """Side by side, in this order."""
+        if len(parts) == 1:
+            return parts[0]
+        weighed = any(part.mass is not None for part in parts)
+        return Dense(
+            torch.cat([part.keys for part in parts], 2),
+            torch.cat([part.values for part in parts], 2),
+            torch.cat([part.positions for part in parts], 2),
+            torch.cat([part.placed for part in parts], 2),
+            torch.cat([part.padding for part in parts], 2),
+            torch.cat([part.weights() for part in parts], 2) if weighed else None,
+        )
+
+    def weights(self) -> Float[Tensor, "b h k"]:
+        """Masses, spelled out."""
+        return torch.ones(self.positions.shape, device=self.keys.device) if self.mass is None else self.mass
+
+
+Heads = slice
+Counts = tuple[tuple[int, ...], ...]
+
+
+@runtime_checkable
+class Part(Protocol):
+    """Tokens of every row and head, immutable. Where heads are asked for, all of them hold the same number of tokens;
+    `row=None` means all rows, where every head of every row does."""
+
+    @property
+    def counts(self) -> Counts: ...
+
+    def logits(self, query: Tensor, row: int | None, heads: Heads) -> Tensor:
+        """Products `(.., m, k)` of queries `(.., m, d)` with the keys."""
+        ...
+
+    def mix(self, weights: Tensor, row: int | None, heads: Heads) -> Tensor:
+        """The values `(.., m, e)` in these proportions `(.., m, k)`."""
+        ...
+
+    def bias(self, row: int | None, heads: Heads) -> Tensor | None:
+        """What is added to the logits, `(.., 1, k)`: the log of each token's mass."""
+        ...
+
+    def read(self) -> "Ragged":
+        """The same in full precision; in the order in which the part holds them."""
+        ...
+
+    def rows(self, index: Sequence[int]) -> "Part": ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @property
+    def metadata(self) -> int: ...
+
+
+def even(parts: Sequence[Part]) -> bool:
+    """Whether in each part all heads of all rows hold the same number of tokens."""
+    return all(len({count for row in part.counts for count in row}) == 1 for part in parts)
+
+
+def runs(parts: Sequence[Part]) -> list[tuple[int, Heads]]:
+    """Rows and neighbouring heads that hold the same numbers in every part: each is one product."""
+    out = []
+    for row in range(len(parts[0].counts)):
+        signature = [tuple(part.counts[row][head] for part in parts) for head in range(len(parts[0].counts[row]))]
+        start = 0
+        for _, group in groupby(signature):
+            end = start + len(list(group))
+            out.append((row, slice(start, end)))
+            start = end
+    return out
 
 
 @dataclass(frozen=True)
@@ -26,14 +123,15 @@ class Ragged:
     """Keys and values of every row and head, one after the other.
 
     `counts[row][head]` entries belong to that head. `positions` count a row's real tokens from 0. `placed` is the
-    position a key is rotated to, and None where that is its own.
+    position a key is rotated to, and None where that is its own; `mass` is None where every token counts as one.
     """
 
     keys: Float[Tensor, "total d"]
     values: Float[Tensor, "total e"]
     positions: Int[Tensor, " total"]
-    counts: tuple[tuple[int, ...], ...]
+    counts: Counts
     placed: Int[Tensor, " total"] | None = None
+    mass: Float[Tensor, " total"] | None = None
 
     @classmethod
     def pack(cls, dense: Dense, *, moved: bool) -> "Ragged":
@@ -45,7 +143,37 @@ class Ragged:
             dense.positions[there].to(torch.int32),
             tuple(tuple(row) for row in there.sum(-1).tolist()),
             dense.placed[there].to(torch.int32) if moved else None,
+            None if dense.mass is None else dense.mass[there],
         )
+
+    def logits(self, query: Tensor, row: int | None, heads: Heads) -> Tensor:
+        return query @ self._block(self.keys, row, heads).transpose(-1, -2)
+
+    def mix(self, weights: Tensor, row: int | None, heads: Heads) -> Tensor:
+        return weights @ self._block(self.values, row, heads)
+
+    def bias(self, row: int | None, heads: Heads) -> Tensor | None:
+        return None if self.mass is None else self._block(self.mass.log().unsqueeze(-1), row, heads).transpose(-1, -2)
+
+    def read(self) -> "Ragged":
+        return self
+
+    def _block(self, x: Tensor, row: int | None, heads: Heads) -> Tensor:
+        """These heads' entries of `x` `(total, f)`, as a rectangle: a view."""
+        if row is None:
+            return x.view(len(self.counts), len(self.counts[0]), -1, x.shape[-1])
+        bounds = self.bounds[row][heads]
+        return x[bounds[0][0] : bounds[-1][1]].view(len(bounds), -1, x.shape[-1])
+
+    def cut(self, block: int) -> "tuple[Ragged, Ragged]":
+        """Each head's first tokens, as many as whole blocks hold, and the rest."""
+        dense = self.dense()
+        counts = torch.tensor(self.counts, device=self.keys.device).unsqueeze(-1)  # (b, h, 1)
+        rank = torch.arange(dense.padding.shape[-1], device=counts.device) - (dense.padding.shape[-1] - counts)
+        first = rank < counts // block * block
+        moved = self.placed is not None
+        whole, rest = (replace(dense, padding=dense.padding | other) for other in (~first, first))
+        return Ragged.pack(whole, moved=moved), Ragged.pack(rest, moved=moved)
 
     @cached_property
     def bounds(self) -> list[list[tuple[int, int]]]:
@@ -57,17 +185,6 @@ class Ragged:
                 spans.append((end, end + count))
                 end += count
             out.append(spans)
-        return out
-
-    @cached_property
-    def runs(self) -> list[tuple[int, slice, slice]]:
-        """Row, heads and entries of neighbouring heads of one count: each is a rectangle, and one product."""
-        out, end = [], 0
-        for row, counts in enumerate(self.counts):
-            for count, heads in groupby(range(len(counts)), key=counts.__getitem__):
-                found = list(heads)
-                start, end = end, end + count * len(found)
-                out.append((row, slice(found[0], found[-1] + 1), slice(start, end)))
         return out
 
     @cached_property
@@ -88,6 +205,7 @@ class Ragged:
                 self.positions.view(b, h, k).long(),
                 placed.view(b, h, k).long(),
                 torch.zeros(b, h, k, dtype=torch.bool, device=self.keys.device),
+                None if self.mass is None else self.mass.view(b, h, k),
             )
         counts = torch.tensor(self.counts, device=self.keys.device).unsqueeze(-1)  # (b, h, 1)
         k = max(max(row) for row in self.counts)
@@ -101,6 +219,7 @@ class Ragged:
             self.positions[index].long().masked_fill(padding, -1),
             placed[index].long().masked_fill(padding, -1),
             padding,
+            None if self.mass is None else self.mass[index].masked_fill(padding, 1),
         )
 
     def rows(self, index: Sequence[int]) -> "Ragged":
@@ -112,24 +231,27 @@ class Ragged:
             torch.cat([self.positions[start:end] for start, end in spans]),
             tuple(self.counts[row] for row in index),
             None if self.placed is None else torch.cat([self.placed[start:end] for start, end in spans]),
+            None if self.mass is None else torch.cat([self.mass[start:end] for start, end in spans]),
         )
 
     @staticmethod
     def stack(parts: Sequence["Ragged"]) -> "Ragged":
         """One batch of all the rows."""
-        moved = any(part.placed is not None for part in parts)
+        moved, weighed = (any(getattr(p, name) is not None for p in parts) for name in ("placed", "mass"))
+        ones = [torch.ones(len(p.keys), device=p.keys.device) if p.mass is None else p.mass for p in parts]
         return Ragged(
             torch.cat([part.keys for part in parts]),
             torch.cat([part.values for part in parts]),
             torch.cat([part.positions for part in parts]),
             tuple(row for part in parts for row in part.counts),
             torch.cat([part.positions if part.placed is None else part.placed for part in parts]) if moved else None,
+            torch.cat(ones) if weighed else None,
         )
 
     @property
     def metadata(self) -> int:
         """Bytes that are neither keys nor values."""
-        return self.positions.nbytes + (0 if self.placed is None else self.placed.nbytes)
+        return self.positions.nbytes + sum(x.nbytes for x in (self.placed, self.mass) if x is not None)
 
     @property
     def nbytes(self) -> int:

@@ -7,11 +7,20 @@ policy observes. The attention function sees the rotated queries of every model 
     Received()            attention each key got from all queries     -> Tensor (b, h, n)
     Moments(skip=4)       mean and covariance of unrotated queries    -> QueryMoments
     Rotation()            the model's rotary position embedding       -> Rotary
+    Projection()          the layer's output projection               -> OutputWeight
+    EveryLayer()          the scores of all layers, before any is cut -> LayerScores
+
+A need may also say, as class attributes, what it takes from the host:
+
+    hidden = True         `Step.hidden`, the hidden states that the layer's attention was given
+    probe = True          that the model be run once more before anything is dropped: `inputs` names the tokens, and
+                          `observe_probe` of its observer sees the layers read them (`Probing`)
+    everywhere = True     that no layer is cut before all have their scores
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -45,6 +54,8 @@ class Step:
 
     `dense` gives all keys of the layer, kept and new, as `(keys, positions, padding)`; it is a function because only
     `Received` needs them. Queries are rotated; `scaling` is the factor on the logits, `softcap` the model's tanh cap.
+    `place` counts the layers that are shortened. `hidden` is there where a need asks for it; `output` gives the output
+    projection, cut into query heads, where the model has one that can be found.
     """
 
     query: Float[Tensor, "b heads q d"]
@@ -54,6 +65,9 @@ class Step:
     scaling: float
     softcap: float | None
     rotary: Rotary | None
+    place: int = 0
+    hidden: Float[Tensor, "b q hidden"] | None = None
+    output: Callable[[], Tensor | None] = lambda: None
 
 
 @runtime_checkable
@@ -77,6 +91,18 @@ class Observer(Protocol):
 
     @property
     def nbytes(self) -> int: ...
+
+
+@runtime_checkable
+class Probing(Protocol):
+    """A need that has the model read something more before its cache is cut, and looks at the attention."""
+
+    probe: ClassVar[bool]
+
+    def inputs(self, ids: Int[Tensor, "b q"], real: Bool[Tensor, "b q"]) -> Iterable[tuple[Tensor, Tensor]]:
+        """What to read, given the tokens of the forward that just ended and which of them are no padding: token ids
+        `(b, p)` and which of those are real. Each item is one forward right after the prompt; nothing of it is kept."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -291,6 +317,94 @@ class _RotationObserver:
 
     def value(self) -> Rotary | None:
         return self.rotary
+
+    def regather(self, index: Tensor) -> None:
+        pass
+
+    def rows(self, index: Tensor) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class OutputWeight:
+    """A layer's output projection, cut into query heads."""
+
+    weight: Float[Tensor, "heads e hidden"]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The output projection of the layer, one matrix for each query head: what a value is worth once it is written."""
+
+    key_bytes = 0
+
+    def start(self) -> "Observer":
+        return _ProjectionObserver()
+
+
+class _ProjectionObserver:
+    lasting = False
+    nbytes = 0  # the model's own weights
+
+    def __init__(self) -> None:
+        self.output: Callable[[], Tensor | None] = lambda: None
+
+    def observe(self, step: Step) -> None:
+        self.output = step.output
+
+    def value(self) -> "OutputWeight | None":
+        weight = self.output()
+        return None if weight is None else OutputWeight(weight)
+
+    def regather(self, index: Tensor) -> None:
+        pass
+
+    def rows(self, index: Tensor) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """The scores `(b, h, n)` of every layer that is shortened, +inf for what must stay and -inf for padding."""
+
+    scores: tuple[Tensor, ...]
+    _won: dict[tuple[int, int], Tensor] = field(default_factory=dict, compare=False)
+
+    def winners(self, row: int, total: int) -> Int[Tensor, "layers h"]:
+        """How many of the `total` best of this row, over all layers and heads, each head has. Ties go to earlier
+        layers, lower heads and earlier tokens."""
+        if (row, total) not in self._won:  # every layer asks
+            flat = torch.cat([layer[row].flatten() for layer in self.scores])
+            h = self.scores[0].shape[1]
+            place = torch.cat([
+                torch.arange(h, device=flat.device).repeat_interleave(layer.shape[2]) + index * h
+                for index, layer in enumerate(self.scores)
+            ])  # fmt: skip
+            best = flat.argsort(descending=True, stable=True)[:total]
+            self._won[row, total] = torch.bincount(place[best], minlength=len(self.scores) * h).view(-1, h)
+        return self._won[row, total]
+
+
+@dataclass(frozen=True)
+class EveryLayer:
+    """The scores of all layers, for methods that share one total among them."""
+
+    key_bytes = 0
+    everywhere: ClassVar[bool] = True
+
+    def start(self) -> "Observer":
+        return _EveryLayerObserver()
+
+
+class _EveryLayerObserver:
+    lasting = False
+    nbytes = 0
+
+    def observe(self, step: Step) -> None:
+        pass
+
+    def value(self) -> None:
+        """The host puts the scores in when they are known."""
 
     def regather(self, index: Tensor) -> None:
         pass

@@ -9,7 +9,7 @@ the leading axes of a place, `b h` in a key-value cache.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
@@ -103,17 +103,23 @@ class Budget:
         """True if everything stays."""
         return self.fraction == 1.0
 
-    def within(self, token_bytes: int) -> "Budget":
-        """The same budget with bytes turned into tokens a head; `token_bytes` is one token in every layer, row and
-        head together, with its metadata."""
+    def within(self, cost: Callable[[int], int]) -> "Budget":
+        """The same budget with bytes turned into tokens a head: the most whose `cost(tokens)`, for every layer, row and
+        head together and with all metadata, is no more than was asked for."""
         if self.size is None:
             return self
-        if self.size < token_bytes:
+        if self.size < cost(1):
             raise BudgetError(
-                f"keep={self.keep!r} is below the {token_bytes:,} bytes that a single token takes in this cache "
+                f"keep={self.keep!r} is below the {cost(1):,} bytes that a single token takes in this cache "
                 f"(all layers, heads and batch rows); ask for at least that"
             )
-        return Budget(self.keep, tokens=self.size // token_bytes)
+        low, high = 1, 2
+        while cost(high) <= self.size:
+            low, high = high, 2 * high
+        while high - low > 1:  # cost(low) fits, cost(high) does not
+            middle = (low + high) // 2
+            low, high = (middle, high) if cost(middle) <= self.size else (low, middle)
+        return Budget(self.keep, tokens=low)
 
     def count(self, seen: int) -> int:
         """Tokens that stay, of `seen` so far."""
@@ -172,8 +178,9 @@ class Tokens:
 
     `features` are the keys in a cache. `positions` count a row's real tokens from 0, so padding never shifts them.
     `padding` marks cells that hold no token; they come before the real ones. `protected` tokens survive whatever their
-    score. `seen` is how many real tokens each row has had so far, more than there are here if some were dropped before.
-    `signals` holds what the method's `needs` asked for, by the need's class.
+    score. `mass` is how many tokens each one counts as in attention, None where each is one. `seen` is how many real
+    tokens each row has had so far, more than there are here if some were dropped before. `signals` holds what the
+    method's `needs` asked for, by the need's class.
     """
 
     features: Float[Tensor, "*lead n d"]
@@ -184,6 +191,7 @@ class Tokens:
     values: Float[Tensor, "*lead n e"] | None = None
     signals: Mapping[type, Any] = field(default_factory=dict)
     site: Site = Site()
+    mass: Float[Tensor, "*lead n"] | None = None
 
     def signal(self, need: type, kind: type[S]) -> S:
         """What the host gathered for `need`, as a `kind`."""
@@ -216,8 +224,10 @@ class Plan:
 
     `slot` is -1 for a dropped token; `survivors` holds, slot by slot and in the original order, the token that gives
     its key, position and identity to the slot, and -1 where a leading index has fewer slots than the longest one.
-    `moved` gives survivors new positions, where the method moves them; `note` is a remark for the report. `apply` folds
-    features, `pick` takes the survivors' own, `restore` goes back, `then` composes.
+    `moved` gives survivors new positions, where the method moves them; `mass` is how many tokens each slot counts as in
+    attention (None: as many as its survivor did); `tier` chooses among the forms of storage that the method names,
+    where it names several; `note` is a remark for the report. `apply` folds features, `pick` takes the survivors' own,
+    `restore` goes back, `then` composes.
 
     >>> plan = Plan.keep(torch.tensor([[True, False, True, True]]))
     >>> plan.survivors.tolist(), plan.slot.tolist()
@@ -230,6 +240,8 @@ class Plan:
     weight: Float[Tensor, "*lead n"]
     survivors: Int[Tensor, "*lead k"]
     moved: Int[Tensor, "*lead k"] | None = None
+    mass: Float[Tensor, "*lead k"] | None = None
+    tier: Int[Tensor, "*lead k"] | None = None
     note: str = ""
 
     @classmethod
@@ -247,6 +259,11 @@ class Plan:
     def counts(self) -> Int[Tensor, "*lead"]:
         """Slots at each leading index."""
         return (self.survivors >= 0).sum(-1)
+
+    @property
+    def folds(self) -> bool:
+        """Whether some slot takes in more than its survivor."""
+        return bool(((self.slot >= 0).sum(-1) > self.counts).any())
 
     def pick(self, x: Float[Tensor, "*lead n d"]) -> Float[Tensor, "*lead k d"]:
         """The survivors' own features; zeros in slots that do not exist."""
@@ -277,10 +294,19 @@ class Plan:
         weight = torch.where(slot < 0, 0.0, self.weight * later.weight.gather(-1, at))
         there, via = later.survivors >= 0, later.survivors.clamp(min=0)
         survivors = torch.where(there, self.survivors.gather(-1, via), -1)
-        moved = later.moved
-        if moved is None and self.moved is not None:
-            moved = torch.where(there, self.moved.gather(-1, via), -1)
-        return Plan(slot, weight, survivors, moved, later.note or self.note)
+
+        def passed_on(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
+            return theirs if mine is None or theirs is not None else torch.where(there, mine.gather(-1, via), -1)
+
+        return Plan(
+            slot,
+            weight,
+            survivors,
+            passed_on(self.moved, later.moved),
+            passed_on(self.mass, later.mass),
+            passed_on(self.tier, later.tier),
+            later.note or self.note,
+        )
 
     def check(self, padding: Bool[Tensor, "*lead n"] | None = None) -> None:
         """Raise if the plan loses, invents or reorders tokens."""
@@ -344,80 +370,3 @@ class Method(Protocol):
     def reduce(self, tokens: Tokens, scores: Tensor, allocation: Allocation) -> Plan:
         """Who survives, and who joins whom."""
         ...
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """One layer of a cache. `kept` is tokens for each row and head; bytes are of tensors really held.
-
-    `state` is "compressed", "whole" (everything kept) or "left alone" (sliding-window layers bound themselves). `seen`
-    and `asked` are tokens for each row: those that came by, and those a head was to keep when last compressed.
-    `bytes_full` is what transformers' own cache would hold; `metadata` is the part of `bytes_kept` that is neither
-    keys nor values.
-    """
-
-    layer: int
-    state: Literal["compressed", "whole", "left alone"]
-    seen: tuple[int, ...]
-    asked: tuple[int, ...]
-    kept: tuple[tuple[int, ...], ...]
-    bytes_full: int
-    bytes_kept: int
-    metadata: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Report:
-    """What compressing one cache saved and cost. `print` it, or read `layers`."""
-
-    method: str
-    keep: Keep
-    layers: tuple[LayerReport, ...]
-    notes: tuple[str, ...] = ()
-
-    @property
-    def bytes_full(self) -> int:
-        return sum(layer.bytes_full for layer in self.layers)
-
-    @property
-    def bytes_kept(self) -> int:
-        return sum(layer.bytes_kept for layer in self.layers)
-
-    @property
-    def metadata(self) -> int:
-        return sum(layer.metadata for layer in self.layers)
-
-    @property
-    def seconds(self) -> float:
-        return sum(layer.seconds for layer in self.layers)
-
-    @property
-    def kept(self) -> float:
-        """Share of cache entries kept, over the layers that can be shortened."""
-        mine = [layer for layer in self.layers if layer.state != "left alone"]
-        entries = sum(seen * len(row) for layer in mine for seen, row in zip(layer.seen, layer.kept, strict=True))
-        return sum(sum(row) for layer in mine for row in layer.kept) / entries if entries else 1.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
-        from dataclasses import asdict
-
-        totals = ("bytes_full", "bytes_kept", "metadata", "seconds")
-        return {**asdict(self), "kept": self.kept, **{name: getattr(self, name) for name in totals}}
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.method} keep={self.keep}: kept {self.kept:.1%} of the entries, "
-            f"{self.bytes_kept:,} of {self.bytes_full:,} bytes ({self.metadata:,} of them metadata), "
-            f"{self.seconds * 1000:.0f} ms spent compressing",
-            "layer  state       asked   kept a head (least-most)        bytes kept / full",
-        ]
-        for layer in self.layers:
-            heads = [count for row in layer.kept for count in row]
-            span = f"{min(heads)}-{max(heads)}" if heads else "-"
-            lines.append(
-                f"{layer.layer:5d}  {layer.state:10s} {max(layer.asked, default=0):6d}   {span:>24s}   "
-                f"{layer.bytes_kept:>12,} / {layer.bytes_full:,}"
-            )
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])

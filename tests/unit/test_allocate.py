@@ -60,7 +60,7 @@ def test_rows_within_the_window_are_kept_whole_and_named() -> None:
 def test_a_budget_in_bytes_must_be_counted_first() -> None:
     with pytest.raises(BudgetError, match="call within"):
         uniform(tokens(10), Budget.parse("1KB"))
-    assert uniform(tokens(10), Budget.parse("1KB").within(250)).counts.tolist() == [[4, 4]]
+    assert uniform(tokens(10), Budget.parse("1KB").within(lambda n: 250 * n)).counts.tolist() == [[4, 4]]
 
 
 # --- falling ---

@@ -78,7 +78,7 @@ def compare(
     query, keys, values = torch.randn(2, heads, q, 8), torch.randn(2, 3, t, 8), torch.randn(2, 3, t, 6)
     given, visible = masks(mask, heads, q, t)
     arguments = {
-        "query": query, "kept": kept, "keys": keys, "values": values, "mask": given, "scaling": 0.3, "softcap": softcap,
+        "query": query, "parts": [kept], "keys": keys, "values": values, "mask": given, "scaling": 0.3, "softcap": softcap,
     }  # fmt: skip
     spoil(arguments)
     ours = attend(**arguments)
@@ -157,7 +157,7 @@ def test_worked_example() -> None:
         ((2,),),
     )
     one = torch.ones(1, 1, 1, 1)
-    out = attend(one, kept, torch.tensor([[[[3.0]]]]).log(), 6 * one, None, 1.0)
+    out = attend(one, [kept], torch.tensor([[[[3.0]]]]).log(), 6 * one, None, 1.0)
     torch.testing.assert_close(out, torch.full((1, 1, 1, 1), 5.5))
 
 
@@ -168,7 +168,7 @@ def test_the_softmax_is_in_float32() -> None:
     ones = torch.ones(n, 2, dtype=torch.bfloat16)
     kept = Ragged(flat, ones, torch.zeros(n, dtype=torch.int32), ((n,),))
     new = torch.zeros(1, 1, 1, 2, dtype=torch.bfloat16)
-    out = attend(new, kept, new, new, None, 1.0)
+    out = attend(new, [kept], new, new, None, 1.0)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), torch.ones(1, 1, 1, 2), rtol=0.02, atol=0)
 
@@ -182,6 +182,6 @@ def test_inputs_are_not_modified() -> None:
         torch.zeros(2, 1, 3, 5),
     )
     before = [x.clone() for x in (query, keys, values, mask, kept.keys, kept.values)]
-    attend(query, kept, keys, values, mask, 0.3, 2.0)
+    attend(query, [kept], keys, values, mask, 0.3, 2.0)
     for x, y in zip((query, keys, values, mask, kept.keys, kept.values), before, strict=True):
         assert torch.equal(x, y)

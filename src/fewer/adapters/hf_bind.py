@@ -10,7 +10,7 @@ A layer of ours marks the keys it hands out; models pass them on to the attentio
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,11 +21,13 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fewer.adapters.hf_rotary import HostRotary, find
-from fewer.signals import ROTARY_NEEDS
+from fewer.signals import ROTARY_NEEDS, Projection
 from fewer.types import Method, MissingSignal, UnsupportedModel
 
 MARK = "_fewer_layer"
 BACKENDS = ("sdpa", "eager")
+OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
+"""What model files call the output projection of their attention."""
 
 
 def attention(
@@ -61,6 +63,8 @@ class Host:
     config: Any
     attentions: tuple[nn.Module, ...]
     rotary: HostRotary | None
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+    """What the attention layers of the forward under way were given, by index, where a method asked for it."""
 
     @classmethod
     def of(cls, model: Any) -> "Host":
@@ -119,14 +123,33 @@ class Host:
                     f"{type(method).__name__} needs {type(need).__name__}, and {type(self.model).__name__} has no "
                     f"rotary position embedding that can be used by itself"
                 )
+            if isinstance(need, Projection) and self.output(0) is None:
+                raise MissingSignal(
+                    f"{type(method).__name__} needs the output projection of each layer, and none was found in "
+                    f"{type(self.attentions[0]).__name__} under the names {', '.join(OUTPUTS)}"
+                )
+
+    def output(self, index: int) -> Tensor | None:
+        """The output projection of a layer, cut into query heads `(heads, e, hidden)`; None where none is found."""
+        attention = self.attentions[index]
+        found = [m for n, m in attention.named_children() if n in OUTPUTS and isinstance(m, nn.Linear)]
+        if len(found) != 1:
+            return None
+        weight, heads = found[0].weight, self.config.num_attention_heads
+        return weight.T.reshape(heads, -1, weight.shape[0])
 
     @property
     def attached(self) -> bool:
         return bool(self.config._attn_implementation.startswith("fewer_"))
 
-    def attach(self) -> "Attachment":
-        """Route the model's attention through fewer until the attachment is released."""
-        return Attachment(self)
+    def attach(self, method: Method) -> "Attachment":
+        """Route the model's attention through fewer, with what the method needs, until the attachment is released."""
+        return Attachment(self, method)
+
+
+def _remember(host: Host, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before an attention layer runs: hold on to its input until its cache layer has been shown it."""
+    host.hidden[int(str(module.layer_idx))] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
 
 
 _users: dict[int, list[Any]] = {}
@@ -136,7 +159,16 @@ _users: dict[int, list[Any]] = {}
 class Attachment:
     """One user of a model's rerouted attention. The last user of a config puts it back."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, method: Method) -> None:
+        self.hooks: list[Any] = []
+        if any(getattr(need, "hidden", False) for need in method.needs):
+            self.hooks += [
+                m.register_forward_pre_hook(partial(_remember, host), with_kwargs=True) for m in host.attentions
+            ]
+        if any(getattr(need, "probe", False) for need in method.needs):
+            from fewer.adapters.hf_probe import after_forward  # which builds on this file
+
+            self.hooks.append(host.model.register_forward_hook(after_forward, with_kwargs=True))
         self.configs = {id(c): c for c in [host.config, *(m.config for m in host.attentions)]}
         backend = host.config._attn_implementation.removeprefix("fewer_")
         name = f"fewer_{backend}"
@@ -149,6 +181,8 @@ class Attachment:
     def release(self) -> None:
         """Give the model's attention back; doing so twice changes nothing."""
         configs, self.configs = self.configs, {}
+        for hook in self.hooks:
+            hook.remove()
         for key, config in configs.items():
             _users[key][0] -= 1
             if _users[key][0] == 0:

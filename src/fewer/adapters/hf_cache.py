@@ -16,9 +16,11 @@ import torch
 from transformers import PreTrainedModel, cache_utils
 
 from fewer.adapters.hf_bind import Host
-from fewer.adapters.hf_layer import Layer, Policy, Shared
-from fewer.methods import name_of, resolve
-from fewer.types import Budget, FewerError, Keep, LayerReport, Method, Report, UnsupportedModel
+from fewer.adapters.hf_layer import Layer, compress
+from fewer.adapters.hf_policy import Policy, Shared
+from fewer.methods import name_of, resolve, resolve_store
+from fewer.report import LayerReport, Report
+from fewer.types import Budget, FewerError, Keep, Method, UnsupportedModel
 
 __all__ = ["Cache", "Policy", "Run", "session"]
 
@@ -31,7 +33,7 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
 
     Args:
         model: a transformers decoder.
-        method, keep, when, every: as in `fewer.compress`.
+        method, keep, when, every, store: as in `fewer.compress`.
 
     Raises:
         BudgetError, UnknownName, MissingSignal, UnsupportedModel: see `fewer.types`. Nothing is changed then.
@@ -45,10 +47,19 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
 
     layers: list[Any]
 
-    def __init__(self, model: Any, method: str | Method, keep: Keep, *, when: str = "prefill", every: int = 64) -> None:
-        policy = Policy.of(resolve(method), Budget.parse(keep), when, every)
+    def __init__(
+        self,
+        model: Any,
+        method: str | Method,
+        keep: Keep = 1.0,
+        *,
+        when: str | None = None,
+        every: int | None = None,
+        store: Any = None,
+    ) -> None:
+        policy = Policy.of(resolve(method), Budget.parse(keep), when, every, resolve_store(store))
         self._fill(Host.of(model), policy)
-        self._attachment = self.shared.host.attach()
+        self._attachment = self.shared.host.attach(policy.method)
         self._release = finalize(self, self._attachment.release)
 
     @classmethod
@@ -66,6 +77,7 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         for index, mine in enumerate(ours):
             if mine:
                 layers[index] = Layer(self.shared, index, place)
+                self.shared.members.append(layers[index])
                 place += 1
         if not place:
             raise UnsupportedModel(
@@ -91,9 +103,16 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         own = {name: part for name, part in vars(self).items() if name not in ("_attachment", "_release")}
         other.__dict__.update(deepcopy(own, memo))
         if hasattr(self, "_release") and self._release.alive:
-            other._attachment = host.attach()
+            other._attachment = host.attach(self.shared.policy.method)
             other._release = finalize(other, other._attachment.release)
         return other
+
+    def settle(self) -> None:
+        """Compress what waits for the end of a forward."""
+        members = self.shared.members
+        if due := members[-1].due:
+            compress(members, members, due)
+            self.shared.forget()
 
     def freeze(self) -> None:
         """Compress no more: what comes from now on is kept whole."""
@@ -123,25 +142,41 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
                     held = sum(part.untyped_storage().nbytes() for part in (layer.keys, layer.values))
                 layers.append(LayerReport(index, "left alone", (), (), (), held, held, 0, 0.0))
         policy = self.shared.policy
-        return Report(name_of(policy.method), policy.budget.keep, tuple(layers), tuple(self.shared.notes))
+        return Report(
+            name_of(policy.method), policy.budget.keep, tuple(layers), tuple(self.shared.notes), self.shared.peak
+        )
 
-    def under(self, method: str | Method, keep: Keep) -> "Cache":
+    def under(self, method: str | Method, keep: Keep, *, store: Any = None) -> "Cache":
         """What this cache would be under another method and budget, as a new, frozen cache; this one stays as it is.
 
         For comparisons: one prefill with a method that keeps everything and gathers what all of them need serves all.
         """
-        policy = Policy.of(resolve(method), Budget.parse(keep), "prefill", 1)
+        policy = Policy.of(resolve(method), Budget.parse(keep), store=resolve_store(store))
         other = Cache.within(self.shared.host, policy)
+        mine = self.shared.members
+        other._adopt([layer.fork(other.shared) if isinstance(layer, Layer) else copy(layer) for layer in self.layers])
+        theirs = other.shared.members
+        for layer in theirs:
+            layer.asked = ()
+        for one, two in (
+            [(mine, theirs)] if policy.together else [([a], [b]) for a, b in zip(mine, theirs, strict=True)]
+        ):
+            compress(one, two, "prefill")
+        for source, target in zip(mine, theirs, strict=True):
+            target.seconds += sum(source.watched.get(need, 0.0) for need in policy.method.needs)
         other.shared.frozen = True
-        other.layers = [layer.under(other.shared) if isinstance(layer, Layer) else copy(layer) for layer in self.layers]
         return other
+
+    def _adopt(self, layers: list[Any]) -> None:
+        """Take these layers, made for this cache, in the place of its own."""
+        self.layers = layers
+        self.shared.members[:] = [layer for layer in layers if isinstance(layer, Layer)]
 
     def fork(self) -> "Cache":
         """The same cache, frozen, to go on from twice: it shares what is held so far, and what it reads is its own."""
         other = Cache.within(self.shared.host, self.shared.policy)
         other.shared.frozen, other.shared.notes = True, list(self.shared.notes)
-        for index, layer in enumerate(self.layers):
-            other.layers[index] = layer.fork(other.shared) if isinstance(layer, Layer) else copy(layer)
+        other._adopt([layer.fork(other.shared) if isinstance(layer, Layer) else copy(layer) for layer in self.layers])
         return other
 
     @staticmethod
@@ -153,14 +188,16 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         policy = Policy.of(resolve("full"), Budget.parse(1.0), "prefill", 1)
         both = Cache.within(first.shared.host, policy)
         both.shared.frozen = True
+        layers: list[Any] = []
         for index, layer in enumerate(first.layers):
             column = [cache.layers[index] for cache in caches]
             if isinstance(layer, Layer):
-                both.layers[index] = Layer.stack(column, both.shared)
+                layers.append(Layer.stack(column, both.shared))
             else:
-                both.layers[index] = one = copy(layer)
+                layers.append(one := copy(layer))
                 one.keys = torch.cat([part.keys for part in column])
                 one.values = torch.cat([part.values for part in column])
+        both._adopt(layers)
         return both
 
 
@@ -216,7 +253,7 @@ def session(model: Any, policy: Policy) -> Iterator[Run]:
     if model in _in_use:
         raise FewerError(f"this {type(model).__name__} is inside fewer.compress already; leave that context first")
     _in_use.add(model)
-    attachment = host.attach()
+    attachment = host.attach(policy.method)
     handle = model.register_forward_pre_hook(run.hook, with_kwargs=True)
     try:
         yield run

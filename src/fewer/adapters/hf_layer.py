@@ -2,106 +2,34 @@
 
 model forward -> Layer.update (stores, marks) -> attention function -> Layer.attend
                                                  attends, shows observers, and when the policy says so:
-                                                 Tokens -> step() -> Plan -> Ragged (packed, the rest is freed)
+                                                 Tokens -> step() -> Plan -> Parts (packed, the rest is freed)
 """
 
 import time
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
-from weakref import ref
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import cache_utils
 
 from fewer import attention
-from fewer.adapters.hf_bind import MARK, Host
-from fewer.compress import step
-from fewer.ragged import Dense, Ragged
-from fewer.signals import Observer, Step
-from fewer.types import (
-    Budget,
-    FewerError,
-    FewerWarning,
-    LayerReport,
-    Method,
-    Plan,
-    Site,
-    Tokens,
-    UnsupportedModel,
-)
-
-When = Literal["prefill", "decode", "both"]
-
-
-@dataclass(frozen=True)
-class Policy:
-    """What to do, and when."""
-
-    method: Method
-    budget: Budget
-    when: When = "prefill"
-    every: int = 64
-
-    @classmethod
-    def of(cls, method: Method, budget: Budget, when: str, every: int) -> "Policy":
-        if when not in ("prefill", "decode", "both"):
-            raise FewerError(f"when={when!r}: compress at 'prefill', 'decode' or 'both'")
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise FewerError(f"every={every!r}: a number of decoding steps, at least 1")
-        return cls(method, budget, cast(When, when), every)
-
-    def covers(self, phase: str) -> bool:
-        return self.when in (phase, "both")
-
-
-@dataclass
-class Shared:
-    """What the layers of one cache have in common."""
-
-    host: Host
-    policy: Policy
-    layers: int
-    frozen: bool = False
-    notes: list[str] = field(default_factory=list)
-    _mask: Any = None
-    _hidden: Tensor | None = None
-
-    def note(self, text: str) -> None:
-        """A remark that the user must hear of once, and that the report repeats."""
-        if text not in self.notes:
-            self.notes.append(text)
-            warnings.warn(text, FewerWarning, stacklevel=2)
-
-    def forget(self) -> None:
-        """The forward is over; hold nothing of its mask and its positions."""
-        self._mask = self._hidden = None
-        if self.host.rotary is not None:
-            self.host.rotary.forget()
-
-    def padding(self, mask: Tensor | None, b: int, q: int) -> Tensor | None:
-        """Which of the q new tokens are padding (b, q), or None for none: what the mask hides from its last row.
-
-        All layers are given the same mask, so it is read once a forward.
-        """
-        if mask is None:
-            return None
-        if self._mask is None or self._mask() is not mask:
-            if mask.ndim != 4:
-                raise UnsupportedModel(f"the attention mask has shape {tuple(mask.shape)}, not (batch, heads, q, kv)")
-            last = mask[:, 0, -1, -q:]
-            hidden = (~last if last.dtype == torch.bool else last < 0).expand(b, q)
-            self._mask, self._hidden = ref(mask), hidden if bool(hidden.any()) else None
-        return self._hidden
+from fewer.adapters.hf_bind import MARK
+from fewer.adapters.hf_policy import Policy, Shared
+from fewer.compress import rate, settle
+from fewer.ragged import Dense, Part, Ragged
+from fewer.report import LayerReport
+from fewer.signals import EveryLayer, LayerScores, Observer, Step
+from fewer.types import Budget, FewerError, Method, Phase, Plan, Site, Tokens, UnsupportedModel
 
 
 class Layer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """One layer's cache: what was kept, packed (`kept`), and the tokens since then, dense (`keys`, `values`).
+    """One layer's cache, in three pieces: what is held in fewer bits (`coded`), what was kept in full precision, packed
+    (`kept`), and the tokens since then, dense (`keys`, `values`). Columns count through all three, in this order.
 
-    Before anything was dropped `kept` is None and the layer does just what transformers' own would.
+    Before anything was dropped or coded the layer does just what transformers' own would.
     """
 
     keys: Tensor  # type: ignore[assignment]  # never None here: empty before the first update
@@ -120,6 +48,7 @@ class Layer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
     def _clear(self) -> None:
         self.keys = self.values = torch.empty(0)
         self.is_initialized = False
+        self.coded: tuple[Part, ...] = ()
         self.kept: Ragged | None = None
         self.hidden: Tensor | None = None  # (b, t): padding in the tail
         self.length = 0  # columns so far, padding included: what the model counts
@@ -127,7 +56,9 @@ class Layer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.asked: tuple[int, ...] = ()
         self.since = 0  # decoding steps since the last compression
         self.pending = False
+        self.due: Phase | None = None  # a compression that waits for the end of the forward
         self.seconds = 0.0
+        self._held = 0  # bytes, as last counted
         self.observers: dict[Any, Observer] = {}
         self.watched: dict[Any, float] = {}  # seconds spent on each need
 
@@ -154,14 +85,21 @@ class Layer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
                 f"layer {self.index}: the keys of the last forward never reached the attention function; the model "
                 f"changes them on the way, or that forward failed and the cache must be made anew"
             )
+        if self.due and not self.shared.probing:
+            raise UnsupportedModel(
+                f"layer {self.index}: {type(self.shared.policy.method).__name__} compresses at the end of a forward, "
+                f"and the last one never ended; call the model that was given to fewer, and not a part of it"
+            )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys = torch.cat([self.keys, key_states], dim=2)
-        self.values = torch.cat([self.values, value_states], dim=2)
         self.pending = True
-        marked = self.keys.view_as(self.keys)  # a tensor object of its own: the mark must not outlive this forward
+        keys, values = torch.cat([self.keys, key_states], dim=2), torch.cat([self.values, value_states], dim=2)
+        if not self.shared.probing:
+            self.keys, self.values = keys, values
+            self._weigh()
+        marked = keys.view_as(keys)  # a tensor object of its own: the mark must not outlive this forward
         setattr(marked, MARK, self)
-        return marked, self.values
+        return marked, values
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         q = query_length if isinstance(query_length, int) else query_length.shape[0]  # positions, up to 5.2
@@ -186,6 +124,10 @@ class Layer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
         if not gone:
             return
         tail = self.keys.shape[2]
+        if gone > tail and self.coded:
+            raise FewerError(
+                f"crop({tokens}): only the {tail} tokens since the last compression can go, the others are held packed"
+            )
         if gone > tail and any(real != self.length for real in self.real):
             raise FewerError(
                 f"crop({tokens}): of a batch with padding only the {tail} tokens since the last compression can go"
@@ -196,11 +138,10 @@ class Layer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
         if gone > tail:  # into what was packed
             plan = Plan.keep(~dense.padding & (dense.positions < left.view(-1, 1, 1)))
             columns = torch.arange(dense.positions.shape[2], device=self.device).expand_as(dense.positions)
-            index = _right_aligned(plan.survivors, columns)
             if self.kept is not None and self.kept.placed is not None:  # close the gap that cropping left at the end
                 slots = torch.arange(plan.survivors.shape[2], device=self.device)
                 plan = replace(plan, moved=left.view(-1, 1, 1) - plan.counts.unsqueeze(-1) + slots)
-            self._carry_out(plan, dense)
+            index = self._carry_out(plan, dense, columns)
         else:
             b, h, n = dense.positions.shape
             index = torch.arange(n - gone, device=self.device).expand(b, h, n - gone)
@@ -225,6 +166,7 @@ class Layer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
         at, rows = index.to(self.device), index.tolist()
         self.keys, self.values = self.keys[at], self.values[at]
         self.kept = None if self.kept is None else self.kept.rows(rows)
+        self.coded = tuple(part.rows(rows) for part in self.coded)
         self.hidden = None if self.hidden is None else self.hidden[at]
         self.real = [self.real[row] for row in rows]
         self.asked = tuple(self.asked[row] for row in rows) if self.asked else ()
@@ -251,26 +193,52 @@ class Layer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
         scaling = d**-0.5 if scaling is None else scaling
         if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
             raise UnsupportedModel(f"layer {self.index} attends with learned sinks or biases, which fewer cannot yet")
-        if self.kept is None:
-            capped = {} if softcap is None else {"softcap": softcap}
-            out = own(query, key, value, mask, scaling=scaling, **capped, **kwargs)
-        elif kwargs.get("dropout"):
-            raise FewerError("a compressed cache is for inference: call model.eval() first")
-        else:
-            tail = None if mask is None else mask[..., -self.keys.shape[2] :]
-            mixed = attention.attend(query, self.kept, self.keys, self.values, tail, scaling, softcap)
-            out = mixed.transpose(1, 2).contiguous(), None
-        phase: Literal["prefill", "decode"] = "prefill" if q > 1 or self.length == 0 else "decode"
-        self._count(self.shared.padding(mask, b, q), b, q)
-        if self.place == self.shared.layers - 1:
-            self.shared.forget()
-        if self.shared.policy.covers(phase) and not self.shared.frozen:
+        out = self._attended(own, query, key, value, mask, scaling, softcap, kwargs)
+        shared, policy = self.shared, self.shared.policy
+        last = self.place == shared.layers - 1
+        if shared.probing:
+            self._probe(query, key, mask, scaling, softcap)
+            if last:
+                shared.forget()
+            return out
+        phase = shared.phase(q, self.length)
+        self._count(shared.padding(mask, b, q), b, q)
+        if policy.covers(phase) and not shared.frozen:
             self._observe(query, scaling, softcap)
             self.since = 0 if phase == "prefill" else self.since + 1
-            if phase == "prefill" or self.since >= self.shared.policy.every:
-                self._compress(phase)
+            if phase == "prefill" or self.since >= policy.every:
                 self.since = 0
+                self.due = phase
+                if not policy.together:
+                    compress([self], [self], phase)
+                elif last and not policy.probes:  # probing has to wait for the end of the forward
+                    compress(shared.members, shared.members, phase)
+        if not self.due and not shared.frozen:
+            self._pack(phase)
+        if last:
+            shared.forget()
         return out
+
+    def _attended(
+        self,
+        own: Callable[..., tuple[Tensor, Tensor | None]],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        softcap: float | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        parts = self.parts
+        if not parts:
+            capped = {} if softcap is None else {"softcap": softcap}
+            return own(query, key, value, mask, scaling=scaling, **capped, **kwargs)
+        if kwargs.get("dropout"):
+            raise FewerError("a compressed cache is for inference: call model.eval() first")
+        tail = None if mask is None else mask[..., -key.shape[2] :]
+        mixed = attention.attend(query, parts, key, value, tail, scaling, softcap)
+        return mixed.transpose(1, 2).contiguous(), None
 
     def _count(self, new: Tensor | None, b: int, q: int) -> None:
         """Take q new tokens into the books; `new` marks the padding among them."""
@@ -289,12 +257,46 @@ class Layer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
     def _observe(self, query: Tensor, scaling: float, softcap: float | None) -> None:
         q = query.shape[2]
         positions, hidden = self._tail()
-        rotary = self.shared.host.rotary
-        step = Step(query, positions[:, -q:], hidden[:, -q:], self._dense_parts, scaling, softcap, rotary)
+        step = self._step(query, positions[:, -q:], hidden[:, -q:], self._dense_parts, scaling, softcap)
         for need in self.shared.policy.method.needs:
             start = self._clock()
             self.observers.setdefault(need, need.start()).observe(step)
             self.watched[need] = self.watched.get(need, 0.0) + self._clock() - start
+
+    @torch.no_grad()
+    def _probe(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, softcap: float | None) -> None:
+        """Show a probing forward to the need that asked for it; its tokens are the last columns of `key`."""
+        b, _, q, _ = query.shape
+        hidden = self.shared.padding(mask, b, q)
+        hidden = torch.zeros(b, q, dtype=torch.bool, device=self.device) if hidden is None else hidden
+        real = torch.tensor(self.real, device=self.device).unsqueeze(1)
+        positions = (real + (~hidden).cumsum(1) - 1).masked_fill(hidden, -1)
+
+        def dense() -> tuple[Tensor, Tensor, Tensor]:
+            held, h = self._dense(), key.shape[1]
+            return (
+                torch.cat([held.keys, key[:, :, -q:]], 2),
+                torch.cat([held.positions, positions.unsqueeze(1).expand(b, h, q)], 2),
+                torch.cat([held.padding, hidden.unsqueeze(1).expand(b, h, q)], 2),
+            )
+
+        observer: Any = self.observers[self.shared.probing]
+        observer.observe_probe(self._step(query, positions, hidden, dense, scaling, softcap))
+
+    def _step(
+        self,
+        query: Tensor,
+        positions: Tensor,
+        padding: Tensor,
+        dense: Callable[[], tuple[Tensor, Tensor, Tensor]],
+        scaling: float,
+        softcap: float | None,
+    ) -> Step:
+        host = self.shared.host
+        return Step(
+            query, positions, padding, dense, scaling, softcap, host.rotary,
+            place=self.place, hidden=host.hidden.pop(self.index, None), output=lambda: host.output(self.index),
+        )  # fmt: skip
 
     def _tail(self) -> tuple[Tensor, Tensor]:
         """Positions of the tail's tokens among each row's real ones, -1 for padding, and which are padding (b, t)."""
@@ -306,41 +308,39 @@ class Layer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
         real = torch.tensor(self.real, device=self.device).unsqueeze(1)
         return (real - (~hidden).flip(1).cumsum(1).flip(1)).masked_fill(hidden, -1), hidden
 
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What is held apart from the tail."""
+        return self.coded if self.kept is None else (*self.coded, self.kept)
+
     def _dense(self) -> Dense:
-        """Everything held, as one rectangle in storage order: kept, then the tail."""
+        """Everything held, as one rectangle in storage order: coded, kept, tail."""
         b, h, t = self.keys.shape[:3]
         positions, hidden = (part.unsqueeze(1).expand(b, h, t) for part in self._tail())
-        if self.kept is None:
-            return Dense(self.keys, self.values, positions, positions, hidden)
-        kept = self.kept.dense()
-        return Dense(
-            torch.cat([kept.keys, self.keys], 2),
-            torch.cat([kept.values, self.values], 2),
-            torch.cat([kept.positions, positions], 2),
-            torch.cat([kept.placed, positions], 2),
-            torch.cat([kept.padding, hidden], 2),
-        )
+        tail = Dense(self.keys, self.values, positions, positions, hidden)
+        return Dense.join([*(part.read().dense() for part in self.parts), tail])
 
     def _dense_parts(self) -> tuple[Tensor, Tensor, Tensor]:
         dense = self._dense()
         return dense.keys, dense.positions, dense.padding
 
-    def decide(self, method: Method, budget: Budget, phase: Literal["prefill", "decode"]) -> tuple[Plan, Dense, Tensor]:
-        """The plan, the rectangle it speaks of (padding first), and where that has its columns from."""
+    @property
+    def fixed(self) -> int:
+        """Columns that are held packed, and stay."""
+        return sum(max(max(row) for row in part.counts) for part in self.coded)
+
+    def look(self, method: Method, phase: Phase) -> tuple[Tokens, Dense, Tensor]:
+        """The place a method decides at, the rectangle its plan will speak of (padding first), and the column of
+        storage that each of its columns comes from."""
         dense = self._dense()
         b, h, n = dense.positions.shape
         order = torch.arange(n, device=self.device).expand(b, h, n)
-        if bool((dense.padding[..., 1:] & ~dense.padding[..., :-1]).any()):  # padding between real tokens
-            order = (~dense.padding).to(torch.int8).argsort(dim=-1, stable=True)
-            wide = order.unsqueeze(-1)
-            dense = Dense(
-                dense.keys.gather(2, wide.expand_as(dense.keys)),
-                dense.values.gather(2, wide.expand_as(dense.values)),
-                dense.positions.gather(2, order),
-                dense.placed.gather(2, order),
-                dense.padding.gather(2, order),
-            )
-        signals = {}
+        if bool((dense.padding[..., 1:] & ~dense.padding[..., :-1]).any()) or (self.coded and self.kept is not None):
+            # padding between real tokens, or tokens out of order: what was coded need not be older than what was kept
+            rank = torch.where(dense.padding, -1, dense.positions)
+            order = rank.argsort(dim=-1, stable=True)
+            dense = dense.take(order)
+        signals: dict[type, Any] = {}
         for need in method.needs:
             value = self.observers[need].value() if need in self.observers else None
             if isinstance(value, Tensor):  # a number for each key; keys that were not observed have none yet
@@ -351,67 +351,111 @@ class Layer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
             values=dense.values,
             positions=dense.positions,
             padding=dense.padding,
-            protected=torch.zeros_like(dense.padding),
+            protected=(order < self.fixed) & ~dense.padding,
             seen=torch.tensor(self.real, device=self.device),
+            mass=dense.mass,
             signals=signals,
             site=Site(self.place, self.shared.layers, phase),
         )
-        return step(method, budget, tokens), dense, order
+        return tokens, dense, order
 
-    def token_bytes(self, method: Method) -> int:
-        """One token in all rows, heads and layers, with its metadata: what a budget in bytes is divided by."""
+    def cost(self, policy: Policy) -> Callable[[int], int]:
+        """Bytes of so many tokens in all rows, heads and layers, with their metadata."""
         b, h, _, d = self.keys.shape
-        held = (d + self.values.shape[-1]) * self.keys.element_size() + 4  # each entry knows its position
-        return int(b * h * (held + sum(need.key_bytes for need in method.needs)) * self.shared.layers)
+        e, size, places = self.values.shape[-1], self.keys.element_size(), b * h * self.shared.layers
+        return lambda tokens: int(places * policy.bytes_for(tokens, d, e, size))
 
-    @torch.no_grad()
-    def _compress(self, phase: Literal["prefill", "decode"]) -> None:
-        policy = self.shared.policy
-        budget = policy.budget
-        if budget.whole:
-            return
-        start = self._clock()
-        budget = budget.within(self.token_bytes(policy.method))
-        plan, dense, order = self.decide(policy.method, budget, phase)
-        if self._take(plan, dense, budget):
-            for observer in self.observers.values():
-                observer.regather(_right_aligned(plan.survivors, order))
-        if not policy.covers("decode"):  # the next prefill brings its own queries
-            self.observers = {need: o for need, o in self.observers.items() if o.lasting}
-        self.seconds += self._clock() - start
-
-    def _take(self, plan: Plan, dense: Dense, budget: Budget) -> bool:
-        """Carry a plan out: pack the survivors, and let go of the rest. False if there was nothing to let go of."""
+    def _take(self, plan: Plan, dense: Dense, order: Tensor, budget: Budget) -> Tensor | None:
+        """Carry a plan out: pack the survivors, and let go of the rest. None if there was nothing to do, else where
+        the columns of storage come from."""
         available = (~dense.padding).sum(-1)
         self.asked = tuple(budget.count(real) for real in self.real)
         if plan.note:
             self.shared.note(plan.note)
-        if self.kept is None and bool((plan.counts == available).all()):
-            return False  # stay as transformers has it
-        self._carry_out(plan, dense)
-        return True
+        stays = not self.shared.policy.packs and not self.parts and plan.mass is None and not plan.folds
+        if stays and bool((plan.counts == available).all()):
+            return None  # stay as transformers has it
+        return self._carry_out(plan, dense, order)
 
-    def _carry_out(self, plan: Plan, dense: Dense) -> None:
+    def _carry_out(self, plan: Plan, dense: Dense, order: Tensor) -> Tensor:
+        """Hold what the plan keeps, and nothing else; where the new columns of storage come from `(b, h, columns)`."""
         there = plan.survivors >= 0
-        at = plan.survivors.clamp(min=0)
-        chosen = Dense(
-            plan.pick(dense.keys),
-            plan.pick(dense.values),
-            dense.positions.gather(2, at),
-            dense.placed.gather(2, at),
-            ~there,
-        )
+        old = there & (order.gather(2, plan.survivors.clamp(min=0)) < self.fixed)  # held packed already, and left so
+        chosen = dense.take(plan.survivors)
+        if plan.folds:
+            if bool(old.any()):
+                raise FewerError("tokens cannot be merged into a cache that is held packed; merge before storing")
+            chosen = replace(chosen, keys=plan.apply(dense.keys), values=plan.apply(dense.values))
+        if plan.mass is not None:
+            chosen = replace(chosen, mass=plan.mass.float())
         moved = plan.moved is not None or (self.kept is not None and self.kept.placed is not None)
         if plan.moved is not None:
             rotary = self.shared.host.rotary
             if rotary is None:
                 raise UnsupportedModel("the plan moves keys to other positions, and the model has no rotary embedding")
+            if bool(old.any()):
+                raise FewerError("keys that are held packed cannot be moved to other positions")
             by = torch.where(there, plan.moved - chosen.placed, 0)
             chosen = replace(chosen, keys=rotary.turn(chosen.keys, by), placed=plan.moved)
-        self.kept = Ragged.pack(chosen, moved=moved)
+        layout = [torch.arange(self.fixed, device=self.device).expand(*order.shape[:2], -1)]
+        kept: Ragged | None = None
+        coded = list(self.coded)
+        for tier, store in enumerate(self.shared.policy.stores):
+            mine = there & ~old if plan.tier is None else there & ~old & (plan.tier == tier)
+            packed = Ragged.pack(replace(chosen, padding=~mine), moved=moved)
+            came = order.gather(2, plan.survivors.clamp(min=0)).masked_fill(~mine, -1)
+            if store is None:
+                kept, rest = packed, came
+            else:
+                store.check(self.keys.shape[-1], self.values.shape[-1])
+                whole, waiting = packed.cut(store.block)
+                counts = torch.tensor(whole.counts, device=self.device).unsqueeze(-1)
+                first = mine & (mine.cumsum(-1) <= counts)
+                if len(whole.positions):
+                    phase = self.due or "decode"
+                    coded.append(store.encode(whole, phase, {type(n): o.value() for n, o in self.observers.items()}))
+                    layout.append(_right_aligned(came.masked_fill(~first, -1)))
+                if store.block > 1 or plan.tier is None:
+                    kept, rest = waiting, came.masked_fill(first, -1)
+        self.coded = tuple(coded)
+        if kept is not None and (len(kept.positions) or not coded):
+            self.kept = kept
+            layout.append(_right_aligned(rest))
+        else:
+            self.kept = None
         # empty tensors of their own: a slice would hold the whole prompt's keys
         self.keys, self.values = self.keys[:, :, :0].clone(), self.values[:, :, :0].clone()
         self.hidden = None
+        self._weigh()
+        return torch.cat(layout, -1)
+
+    def _pack(self, phase: Phase) -> None:
+        """Hold what fills a block in fewer bits, between two compressions."""
+        stores = self.shared.policy.stores
+        if len(stores) > 1 or stores[0] is None or self.keys.shape[2] < stores[0].block:
+            return
+        start = self._clock()
+        self.due = phase
+        dense = self._dense()
+        columns = torch.arange(dense.positions.shape[2], device=self.device).expand_as(dense.positions)
+        self.taken(self._carry_out(Plan.keep(~dense.padding), dense, columns))
+        self.due = None
+        self.seconds += self._clock() - start
+
+    def taken(self, index: Tensor | None) -> None:
+        """The columns of storage were changed: tell those who count along them."""
+        if index is not None:
+            for observer in self.observers.values():
+                observer.regather(index)
+        if not self.shared.policy.covers("decode"):  # the next prefill brings its own queries
+            self.observers = {need: o for need, o in self.observers.items() if o.lasting}
+
+    def _weigh(self) -> None:
+        """Keep the books on what all layers hold."""
+        held = self.keys.nbytes + self.values.nbytes + sum(part.nbytes for part in self.parts)
+        self.shared.held += held - self._held
+        self._held = held
+        self.shared.peak = max(self.shared.peak, self.shared.held)
 
     def _clock(self) -> float:
         if self.is_initialized and self.device.type == "cuda":
@@ -420,29 +464,19 @@ class Layer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     # --- what a cache calls ---
 
-    def under(self, shared: Shared) -> "Layer":
-        """A copy under another policy, compressed at once by it; this layer stays as it is."""
-        other = self.fork(shared)
-        other.asked = ()
-        policy, start = shared.policy, self._clock()
-        if not policy.budget.whole:
-            budget = policy.budget.within(self.token_bytes(policy.method))
-            plan, dense, _ = self.decide(policy.method, budget, "prefill")
-            other._take(plan, dense, budget)
-        other.seconds = self._clock() - start + sum(self.watched.get(need, 0.0) for need in policy.method.needs)
-        return other
-
     def fork(self, shared: Shared) -> "Layer":
         """A copy to go on from separately: nothing held is ever written to in place, so it can be shared."""
         other = copy(self)
         other.shared, other.observers, other.watched = shared, {}, {}
+        other._held = 0
+        other._weigh()
         return other
 
     @staticmethod
     def stack(parts: "list[Layer]", shared: Shared) -> "Layer":
         """The rows of several layers of one length as one batch, everything packed."""
         one = parts[0].fork(shared)
-        one.asked, one.hidden = (), None
+        one.asked, one.hidden, one.coded = (), None, ()
         one.kept = Ragged.stack([part.packed() for part in parts])
         one.real = [real for part in parts for real in part.real]
         h = one.keys.shape[1]
@@ -451,25 +485,26 @@ class Layer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
         return one
 
     def packed(self) -> Ragged:
-        """Everything held, packed; the layer itself is left as it is."""
-        if self.kept is not None and not self.keys.shape[2]:
+        """Everything held, packed in full precision; the layer itself is left as it is."""
+        if self.kept is not None and not self.keys.shape[2] and not self.coded:
             return self.kept
         return Ragged.pack(self._dense(), moved=self.kept is not None and self.kept.placed is not None)
 
     def report(self) -> LayerReport:
-        state: Literal["compressed", "whole"] = "whole" if self.kept is None else "compressed"
+        state: Literal["compressed", "whole"] = "compressed" if self.parts else "whole"
         if not self.is_initialized:
             return LayerReport(self.index, state, (), (), (), 0, 0, 0, 0.0)
         b, h, t, d = self.keys.shape
         tail = [t] * b if self.hidden is None else (~self.hidden).sum(1).tolist()
-        stored = ((0,) * h,) * b if self.kept is None else self.kept.counts
-        kept = tuple(tuple(count + more for count in row) for row, more in zip(stored, tail, strict=True))
+        counts = [part.counts for part in self.parts]
+        kept = tuple(
+            tuple(sum(count[row][head] for count in counts) + tail[row] for head in range(h)) for row in range(b)
+        )
         entry = (d + self.values.shape[-1]) * self.keys.element_size()
         metadata = sum(observer.nbytes for observer in self.observers.values())
         metadata += 0 if self.hidden is None else self.hidden.nbytes
-        metadata += 0 if self.kept is None else self.kept.metadata
-        data = self.keys.nbytes + self.values.nbytes
-        data += 0 if self.kept is None else self.kept.nbytes - self.kept.metadata
+        metadata += sum(part.metadata for part in self.parts)
+        data = self.keys.nbytes + self.values.nbytes + sum(part.nbytes - part.metadata for part in self.parts)
         return LayerReport(
             layer=self.index,
             state=state,
@@ -483,8 +518,35 @@ class Layer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
         )
 
 
-def _right_aligned(survivors: Tensor, order: Tensor) -> Tensor:
-    """Survivors as columns of the storage they came from, empty slots first: how `Ragged.dense` will lay them out."""
-    there = survivors >= 0
-    columns = torch.where(there, order.gather(-1, survivors.clamp(min=0)), -1)
-    return columns.gather(-1, there.to(torch.int8).argsort(dim=-1, stable=True))
+@torch.no_grad()
+def compress(sources: Sequence[Layer], targets: Sequence[Layer], phase: Phase) -> None:
+    """Decide for what the sources hold, together, by the targets' policy, and have the targets hold what is left.
+
+    They are the same layers, or the targets are copies that another policy is tried on.
+    """
+    policy = targets[0].shared.policy
+    for layer in targets:
+        layer.due = phase
+    if not policy.idle:
+        start = sources[0]._clock()
+        budget = policy.budget.within(sources[0].cost(policy))
+        looked = [source.look(policy.method, phase) for source in sources]
+        rated = [rate(policy.method, tokens) for tokens, _, _ in looked]
+        every: dict[type, Any] = {EveryLayer: LayerScores(tuple(rated))}
+        for target, (tokens, dense, order), scores in zip(targets, looked, rated, strict=True):
+            tokens = replace(tokens, signals={**tokens.signals, **every})
+            plan = settle(policy.method, budget, tokens, scores)
+            target.taken(target._take(plan, dense, order, budget))
+        took = sources[0]._clock() - start
+        for layer in targets:
+            layer.seconds += took / len(targets)
+    for layer in targets:
+        layer.due = None
+
+
+def _right_aligned(columns: Tensor) -> Tensor:
+    """The same columns with the empty ones (-1) first, as `Ragged.dense` lays them out, and no wider than needed."""
+    there = columns >= 0
+    order = there.to(torch.int8).argsort(dim=-1, stable=True)
+    widest = int(there.sum(-1).max()) if there.numel() else 0
+    return columns.gather(-1, order)[..., columns.shape[-1] - widest :]

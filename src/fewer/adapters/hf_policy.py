@@ -1,0 +1,142 @@
+"""What the layers of one cache do, and when; and what they have in common."""
+
+import warnings
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, cast
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+from fewer.adapters.hf_bind import Host
+from fewer.codec import POSITION_BYTES, Codec, Stores
+from fewer.types import Budget, FewerError, FewerWarning, Method, Phase, UnsupportedModel
+
+if TYPE_CHECKING:
+    from fewer.adapters.hf_layer import Layer
+
+When = Literal["prefill", "decode", "both"]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What to do, and when. `stores` are the forms of storage, by the tier that a method's plan names."""
+
+    method: Method
+    budget: Budget
+    when: When = "prefill"
+    every: int = 64
+    stores: Stores = (None,)
+
+    @classmethod
+    def of(
+        cls, method: Method, budget: Budget, when: str | None = None, every: int | None = None, store: Any = None
+    ) -> "Policy":
+        """Check what a user asked for. What is left out is as the method was published, or else "prefill" and 64."""
+        when = getattr(method, "when", "prefill") if when is None else when
+        every = getattr(method, "every", 64) if every is None else every
+        if when not in ("prefill", "decode", "both"):
+            raise FewerError(f"when={when!r}: compress at 'prefill', 'decode' or 'both'")
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise FewerError(f"every={every!r}: a number of decoding steps, at least 1")
+        name = type(method).__name__
+        stores: Stores = getattr(method, "store", (None,))
+        if store is not None:
+            if stores != (None,):
+                raise FewerError(f"store={store!r}: {name} brings its own storage; choose a method that has none")
+            stores = (cast(Codec, store),)
+        if getattr(method, "whole", False) and not budget.whole:
+            raise FewerError(
+                f"keep={budget.keep!r}: {name} keeps every token and its own settings decide the bytes; pass "
+                f"keep=1.0, and to drop tokens as well use it as the store of a method that does (store=...)"
+            )
+        if stores != (None,) and when != "prefill" and not getattr(method, "whole", False):
+            raise FewerError(
+                f"when={when!r} with packed storage: what was packed is never packed again, so a cache cannot be held "
+                f"at a fixed size; compress at 'prefill'"
+            )
+        if any(getattr(need, "probe", False) for need in method.needs) and when != "prefill":
+            raise FewerError(f"when={when!r}: {name} asks the model about its prompt, which only 'prefill' has")
+        return cls(method, budget, cast(When, when), every, stores)
+
+    def covers(self, phase: str) -> bool:
+        return self.when in (phase, "both")
+
+    @property
+    def packs(self) -> bool:
+        """Whether anything is stored in fewer bits."""
+        return any(store is not None for store in self.stores)
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do, ever: all is kept, and as it is."""
+        return self.budget.whole and not self.packs
+
+    @property
+    def together(self) -> bool:
+        """Whether layers are compressed at the end of a forward, when the scores of all are known."""
+        return self.probes or any(getattr(need, "everywhere", False) for need in self.method.needs)
+
+    @property
+    def probes(self) -> bool:
+        """Whether the model must be run once more before anything is dropped."""
+        return any(getattr(need, "probe", False) for need in self.method.needs)
+
+    def bytes_for(self, tokens: int, d: int, e: int, itemsize: int) -> int:
+        """Most bytes that one head's tokens take, with all metadata."""
+        plain = tokens * (d + e) * itemsize
+        held = max(plain if store is None else store.bytes_for(tokens, d, e, itemsize) for store in self.stores)
+        return int(held + tokens * (POSITION_BYTES + sum(need.key_bytes for need in self.method.needs)))
+
+
+@dataclass
+class Shared:
+    """What the layers of one cache have in common."""
+
+    host: Host
+    policy: Policy
+    layers: int
+    frozen: bool = False
+    notes: list[str] = field(default_factory=list)
+    members: "list[Layer]" = field(default_factory=list)
+    probing: Any = None
+    """The need on whose behalf the model is being run once more; nothing is stored then."""
+    held: int = 0
+    """Bytes that all layers hold now."""
+    peak: int = 0
+    """Most bytes that all layers held at once."""
+    transient: int = 0
+    """Most bytes that a layer unpacked at once in a decoding step."""
+    _mask: Any = None
+    _hidden: Tensor | None = None
+
+    def note(self, text: str) -> None:
+        """A remark that the user must hear of once, and that the report repeats."""
+        if text not in self.notes:
+            self.notes.append(text)
+            warnings.warn(text, FewerWarning, stacklevel=2)
+
+    def forget(self) -> None:
+        """The forward is over; hold nothing of its mask and its positions."""
+        self._mask = self._hidden = None
+        if self.host.rotary is not None:
+            self.host.rotary.forget()
+
+    def padding(self, mask: Tensor | None, b: int, q: int) -> Tensor | None:
+        """Which of the q new tokens are padding (b, q), or None for none: what the mask hides from its last row.
+
+        All layers are given the same mask, so it is read once a forward.
+        """
+        if mask is None:
+            return None
+        if self._mask is None or self._mask() is not mask:
+            if mask.ndim != 4:
+                raise UnsupportedModel(f"the attention mask has shape {tuple(mask.shape)}, not (batch, heads, q, kv)")
+            last = mask[:, 0, -1, -q:]
+            hidden = (~last if last.dtype == torch.bool else last < 0).expand(b, q)
+            self._mask, self._hidden = ref(mask), hidden if bool(hidden.any()) else None
+        return self._hidden
+
+    def phase(self, q: int, length: int) -> Phase:
+        """A forward of more than one token is a prefill: a prompt, a turn, a chunk."""
+        return "prefill" if q > 1 or length == 0 else "decode"

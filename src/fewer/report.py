@@ -1,0 +1,87 @@
+"""What compressing a cache saved and cost, as plain data."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fewer.types import Keep
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer of a cache. `kept` is tokens for each row and head; bytes are of tensors really held.
+
+    `state` is "compressed", "whole" (everything kept) or "left alone" (sliding-window layers bound themselves). `seen`
+    and `asked` are tokens for each row: those that came by, and those a head was to keep when last compressed.
+    `bytes_full` is what transformers' own cache would hold; `metadata` is the part of `bytes_kept` that is neither
+    keys nor values.
+    """
+
+    layer: int
+    state: Literal["compressed", "whole", "left alone"]
+    seen: tuple[int, ...]
+    asked: tuple[int, ...]
+    kept: tuple[tuple[int, ...], ...]
+    bytes_full: int
+    bytes_kept: int
+    metadata: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What compressing one cache saved and cost. `print` it, or read `layers`.
+
+    `peak` is the most bytes that all layers held at once, as when a prompt was read and not yet cut.
+    """
+
+    method: str
+    keep: Keep
+    layers: tuple[LayerReport, ...]
+    notes: tuple[str, ...] = ()
+    peak: int = 0
+
+    @property
+    def bytes_full(self) -> int:
+        return sum(layer.bytes_full for layer in self.layers)
+
+    @property
+    def bytes_kept(self) -> int:
+        return sum(layer.bytes_kept for layer in self.layers)
+
+    @property
+    def metadata(self) -> int:
+        return sum(layer.metadata for layer in self.layers)
+
+    @property
+    def seconds(self) -> float:
+        return sum(layer.seconds for layer in self.layers)
+
+    @property
+    def kept(self) -> float:
+        """Share of cache entries kept, over the layers that can be shortened."""
+        mine = [layer for layer in self.layers if layer.state != "left alone"]
+        entries = sum(seen * len(row) for layer in mine for seen, row in zip(layer.seen, layer.kept, strict=True))
+        return sum(sum(row) for layer in mine for row in layer.kept) / entries if entries else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        from dataclasses import asdict
+
+        totals = ("bytes_full", "bytes_kept", "metadata", "seconds")
+        return {**asdict(self), "kept": self.kept, **{name: getattr(self, name) for name in totals}}
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.method} keep={self.keep}: kept {self.kept:.1%} of the entries, "
+            f"{self.bytes_kept:,} of {self.bytes_full:,} bytes ({self.metadata:,} of them metadata), "
+            f"{self.seconds * 1000:.0f} ms spent compressing",
+            "layer  state       asked   kept a head (least-most)        bytes kept / full",
+        ]
+        for layer in self.layers:
+            heads = [count for row in layer.kept for count in row]
+            span = f"{min(heads)}-{max(heads)}" if heads else "-"
+            lines.append(
+                f"{layer.layer:5d}  {layer.state:10s} {max(layer.asked, default=0):6d}   {span:>24s}   "
+                f"{layer.bytes_kept:>12,} / {layer.bytes_full:,}"
+            )
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
