@@ -49,7 +49,8 @@ class Talk:
         places = columns(self.mask)[:, -ids.shape[1] :].clamp(min=0)
         out = self.model(ids, attention_mask=self.mask, position_ids=places, past_key_values=self.cache).logits
         self.logits.append([row[mask.bool()] for row, mask in zip(out, real, strict=True)])
-        self.kept.append([kept_positions(self.cache, index) for index in ours(self.cache)])
+        layers = ours(self.cache)
+        self.kept.append([kept_positions(self.cache, i) if self.cache.layers[i].kept else [] for i in layers])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -71,6 +72,23 @@ def test_a_row_in_a_batch_is_the_row_alone(family: str, method: str, side: str) 
             for layer, mine in zip(together.kept[turn], alone.kept[turn], strict=True):
                 assert layer[row] == mine[0]
             assert_close(together.logits[turn][row], alone.logits[turn][0])
+
+
+def test_sums_stay_with_their_keys_where_nothing_was_dropped() -> None:
+    """The first turn fits the budget in every row, so the keys stay where they are; the second has to choose by sums
+    that were gathered over both."""
+    model = tiny("llama")
+    turns = [batch(FIRST, "right", 10), batch([30, 30, 30], "right", 20)]
+    together = Talk(model, MORE_METHODS["h2o"], 44)
+    for ids, real in turns:
+        together.turn(ids, real)
+    assert together.cache.report.layers[0].kept == ((44, 44), (44, 44), (44, 44))
+    for row in range(3):
+        alone = Talk(model, MORE_METHODS["h2o"], 44)
+        for ids, real in turns:
+            there = real[row].bool()
+            alone.turn(ids[row, there][None], real[row, there][None])
+        assert [layer[row] for layer in together.kept[1]] == [layer[0] for layer in alone.kept[1]]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
