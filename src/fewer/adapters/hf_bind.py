@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from fewer import fit
 from fewer.adapters.hf_rotary import HostRotary, find
 from fewer.signals import ROTARY_NEEDS, Projection
 from fewer.types import Method, MissingSignal, UnsupportedModel
@@ -116,7 +117,8 @@ class Host:
         return [type(layer) is DynamicLayer for layer in self.layers()]
 
     def gives(self, method: Method) -> None:
-        """Raise `MissingSignal` if the method needs what this model does not have."""
+        """Raise `MissingSignal` if the method needs what this model does not have, `FewerError` if it is not fitted."""
+        fit.check(method, self.model)
         for need in method.needs:
             if isinstance(need, ROTARY_NEEDS) and self.rotary is None:
                 raise MissingSignal(

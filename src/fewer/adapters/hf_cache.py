@@ -9,12 +9,14 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy, deepcopy
+from pathlib import Path
 from typing import Any
 from weakref import WeakSet, finalize
 
 import torch
 from transformers import PreTrainedModel, cache_utils
 
+from fewer.adapters import hf_save
 from fewer.adapters.hf_bind import Host
 from fewer.adapters.hf_layer import Layer, compress
 from fewer.adapters.hf_policy import Policy, Shared
@@ -59,8 +61,30 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
     ) -> None:
         policy = Policy.of(resolve(method), Budget.parse(keep), when, every, resolve_store(store))
         self._fill(Host.of(model), policy)
-        self._attachment = self.shared.host.attach(policy.method)
+        self._attach()
+
+    def _attach(self) -> None:
+        self._attachment = self.shared.host.attach(self.shared.policy.method)
         self._release = finalize(self, self._attachment.release)
+
+    def save(self, path: str | Path) -> None:
+        """Write all that is held, with the method, the budget and the positions, as one safetensors file.
+
+        Raises:
+            FewerError: the cache holds something that a file cannot, such as a method of your own.
+        """
+        hf_save.save(self, path)
+
+    @classmethod
+    def load(cls, model: Any, path: str | Path) -> "Cache":
+        """A cache as it was saved, attached to the same model: it goes on with the same tokens, or with one more turn.
+
+        Raises:
+            FewerError: no such file, not a saved cache, truncated or changed since, or saved from another model.
+        """
+        cache: Cache = hf_save.load(cls, model, path)
+        cache._attach()
+        return cache
 
     @classmethod
     def within(cls, host: Host, policy: Policy) -> "Cache":
@@ -103,8 +127,7 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         own = {name: part for name, part in vars(self).items() if name not in ("_attachment", "_release")}
         other.__dict__.update(deepcopy(own, memo))
         if hasattr(self, "_release") and self._release.alive:
-            other._attachment = host.attach(self.shared.policy.method)
-            other._release = finalize(other, other._attachment.release)
+            other._attach()
         return other
 
     def settle(self) -> None:
