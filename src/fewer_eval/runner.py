@@ -5,7 +5,11 @@
     read the question into the full cache, then under() again        -> question seen
     stack the caches as one batch: read the question (unseen), answer greedily, grade
 
-Every method here acts after the prefill it is given, so this is what compressing in line does; a test holds it to that.
+For a method that acts after its prefill this is what compressing in line does; a test holds it to that. The others,
+which shorten the prefill itself or choose what decoding reads, are run alone, in line.
+
+A method is a name, a name and the form in which what it keeps is stored ("snapkv+kivi-4bit"), or an object. Methods
+that keep every token stand in the comparison once, whatever the keeps: their settings decide their bytes.
 """
 
 import statistics
@@ -20,7 +24,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fewer import Cache
-from fewer.methods import name_of, resolve
+from fewer.codec import Codec
+from fewer.methods import name_of, resolve, resolve_store
 from fewer.methods.kv.full import Full
 from fewer.types import Budget, FewerError, Keep, Method
 from fewer_eval.schema import Question, Row
@@ -47,6 +52,19 @@ class _Case:
     method: Method
     name: str
     keep: Keep
+    store: Codec | None = None
+
+    @classmethod
+    def of(cls, method: str | Method, keep: Keep) -> "_Case":
+        named, _, store = method.partition("+") if isinstance(method, str) else (method, "", "")
+        found = resolve(named)
+        name = name_of(found) + (f"+{store}" if store else "")
+        return cls(found, name, 1.0 if getattr(found, "whole", False) else keep, resolve_store(store or None))
+
+    @property
+    def alone(self) -> bool:
+        """Whether it does something while it prefills or decodes, so that no other method's caches can stand in."""
+        return any(getattr(self.method, name, None) is not None for name in ("shortens", "reads"))
 
 
 @dataclass
@@ -99,7 +117,9 @@ def compare(
     cases = [_Case(Full(), "full", 1.0)]
     for keep in keeps:
         Budget.parse(keep)
-        cases += [_Case(m, name_of(m), keep) for m in map(resolve, methods) if not isinstance(m, Full)]
+        more = [_Case.of(method, keep) for method in methods]
+        cases += [case for case in more if not isinstance(case.method, Full) and case not in cases]
+    cases.sort(key=lambda case: case.alone)
     bench = _Bench(model, tokenizer, cases, tuple(questions), tick)
     rows: list[Row] = []
     for task in tasks:
@@ -122,10 +142,12 @@ class _Bench:
         tick: Callable[[str], None],
     ) -> None:
         self.model, self.tokenizer, self.cases, self.questions, self.tick = model, tokenizer, cases, questions, tick
-        self.watch = _Watch(frozenset(need for case in cases for need in case.method.needs))
+        self.together, self.alone = ([c for c in cases if c.alone is alone] for alone in (False, True))
+        self.watch = _Watch(frozenset(need for case in self.together for need in case.method.needs))
         self.kept: dict[str, list[list[int]]] = {}
         self.notes: dict[str, None] = {}
         self.decode_ms: dict[str, float] = {}
+        self.reference: dict[Question, list[int]] = {}
 
     def run(self, task: Task, examples: Iterable[Example]) -> dict[tuple[_Case, Question], _Tally]:
         tallies: dict[tuple[_Case, Question], _Tally] = defaultdict(_Tally)
@@ -151,9 +173,19 @@ class _Bench:
                 logits, more = self._read(full, after)
                 caches = self._compressed(full, "seen", took + more, tallies)
                 first = logits.argmax(-1).expand(len(caches))
-                self._grade(
-                    task, example, "seen", self._greedy(Cache.stack(caches), first, task.max_new_tokens), tallies
-                )
+                said = self._greedy(Cache.stack(caches), first, task.max_new_tokens)
+                self._grade(task, example, "seen", said, tallies)
+        for case in self.alone:
+            for question in self.questions:
+                with Cache(self.model, case.method, case.keep, store=case.store) as cache:
+                    prompt = torch.cat([before, after], 1) if question == "seen" else before
+                    logits, took = self._read(cache, prompt)
+                    cache.freeze()
+                    self._note(case, question, cache, took, tallies)
+                    if question == "unseen":
+                        logits = self.model(after, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+                    said = self._greedy(cache, logits.argmax(-1), task.max_new_tokens)
+                    self._grade(task, example, question, said, tallies, [case])
 
     def _text(self, example: Example, tallies: dict[tuple[_Case, Question], _Tally]) -> None:
         context, true = self._ids(example.context), self._ids(example.answers[0])
@@ -162,11 +194,18 @@ class _Bench:
             logits, took = self._read(full, context)
             greedy = self._greedy(full.under("full", 1.0), logits.argmax(-1), GREEDY)
             caches = self._compressed(full, "none", took, tallies)
+            for case in self.alone:
+                other = Cache(self.model, case.method, case.keep, store=case.store)
+                _, took = self._read(other, context)
+                other.freeze()
+                other.release()  # `full` keeps the model attached
+                self._note(case, "none", other, took, tallies)
+                caches.append(other)
             again = [cache.fork() for cache in caches]
             reference: Tensor | None = None
             for case, cache, second in zip(self.cases, caches, again, strict=True):
                 # the first token was predicted before anything was dropped, so it says nothing and is left out
-                predicted = self.model(true[:, :-1], past_key_values=cache).logits[0].float().log_softmax(-1)
+                predicted = self._follow(case, true[:, :-1], cache).float().log_softmax(-1)
                 reference = predicted if reference is None else reference  # full comes first
                 tally = tallies[case, "none"]
                 kl = (reference.exp() * (reference - predicted)).sum(-1).mean() / _LN2
@@ -174,8 +213,13 @@ class _Bench:
                 tally.kl.append(max(float(kl), 0.0))
                 tally.bpb.append(float(loss))
                 tally.quality.append(float((predicted.argmax(-1) == reference.argmax(-1)).float().mean()))
-                followed = self.model(greedy[:, :-1], past_key_values=second).logits[0].argmax(-1)
+                followed = self._follow(case, greedy[:, :-1], second).argmax(-1)
                 tally.loyalty.append(_common(followed.tolist(), greedy[0, 1:].tolist()))
+
+    def _follow(self, case: _Case, ids: Tensor, cache: Cache) -> Tensor:
+        """Logits `(n, vocabulary)` along these tokens: in one forward, or in single steps where decoding reads less."""
+        steps = torch.split(ids, 1, dim=1) if getattr(case.method, "reads", None) is not None else (ids,)
+        return torch.cat([self.model(step, past_key_values=cache).logits[0] for step in steps])
 
     def _read(self, cache: Cache, ids: Tensor) -> tuple[Tensor, float]:
         """Forward `ids` into a cache that gathers signals; the logits after them, and the seconds without gathering."""
@@ -189,22 +233,33 @@ class _Bench:
     ) -> list[Cache]:
         """Every case's cache, its size and times taken down."""
         caches = []
-        for case in self.cases:
-            cache = full.under(case.method, case.keep)
-            report, tally = cache.report, tallies[case, question]
-            tally.keep_got.append(report.kept)
-            tally.bytes_full.append(report.bytes_full)
-            tally.bytes_kept.append(report.bytes_kept)
-            tally.prefill.append(prefill)
-            tally.compress.append(report.seconds)
-            label = f"{case.name} @ {case.keep}"
-            layers = [list(layer.kept[0]) for layer in report.layers if layer.state != "left alone"]
-            self.kept.setdefault(label, layers)
-            self.notes.update(dict.fromkeys(report.notes))
-            if label not in self.decode_ms:
-                self.decode_ms[label] = self._decode_ms(cache.fork())
+        for case in self.together:
+            cache = full.under(case.method, case.keep, store=case.store)
+            self._note(case, question, cache, prefill, tallies)
             caches.append(cache)
         return caches
+
+    def _note(
+        self,
+        case: _Case,
+        question: Question,
+        cache: Cache,
+        prefill: float,
+        tallies: dict[tuple[_Case, Question], _Tally],
+    ) -> None:
+        """Take down what a cache holds and took."""
+        report, tally = cache.report, tallies[case, question]
+        tally.keep_got.append(report.kept)
+        tally.bytes_full.append(report.bytes_full)
+        tally.bytes_kept.append(report.bytes_kept)
+        tally.prefill.append(prefill)
+        tally.compress.append(report.seconds)
+        label = f"{case.name} @ {case.keep}"
+        layers = [list(layer.kept[0]) for layer in report.layers if layer.state != "left alone"]
+        self.kept.setdefault(label, layers)
+        self.notes.update(dict.fromkeys(report.notes))
+        if label not in self.decode_ms:
+            self.decode_ms[label] = self._decode_ms(cache.fork())
 
     def _decode_ms(self, cache: Cache, steps: int = 5) -> float:
         """Median time of one decoding step on this cache, batch 1, after one step that does not count."""
@@ -252,13 +307,17 @@ class _Bench:
         question: Question,
         said: Tensor,
         tallies: dict[tuple[_Case, Question], _Tally],
+        cases: Sequence[_Case] = (),
     ) -> None:
+        """Grade a row for each case; loyalty is to the full model's answer, which is graded first."""
         ends = set(self._ends().tolist())
         answers = [_until(row, ends) for row in said.tolist()]
-        for case, answer in zip(self.cases, answers, strict=True):
+        if not cases:
+            self.reference[question] = answers[0]
+        for case, answer in zip(cases or self.together, answers, strict=True):
             tally = tallies[case, question]
             tally.quality.append(task.grade(str(self.tokenizer.decode(answer, skip_special_tokens=True)), example))
-            tally.loyalty.append(_common(answer, answers[0]))
+            tally.loyalty.append(_common(answer, self.reference[question]))
 
     def _prompt(self, example: Example) -> tuple[Tensor, Tensor]:
         """Token ids up to the end of the context, and from there to where the answer begins."""
