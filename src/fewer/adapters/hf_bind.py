@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
@@ -31,6 +32,7 @@ OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
 """What model files call the output projection of their attention."""
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # uneven heads have no shape to compile for
 def attention(
     module: nn.Module,
     query: Tensor,

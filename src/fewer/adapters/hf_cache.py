@@ -111,6 +111,7 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
             self.shared.notes.append(f"{len(layers) - place} sliding-window layers are left alone")
         super().__init__(layers=layers)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # its books are Python; the layers around it compile
     def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         if layer_idx == 0 and len({layer.length for layer in self.layers if isinstance(layer, Layer)}) > 1:
             raise FewerError(
