@@ -13,7 +13,8 @@ class LayerReport:
     `state` is "compressed", "whole" (everything kept) or "left alone" (sliding-window layers bound themselves). `seen`
     and `asked` are tokens for each row: those that came by, and those a head was to keep when last compressed.
     `bytes_full` is what transformers' own cache would hold; `metadata` is the part of `bytes_kept` that is neither
-    keys nor values.
+    keys nor values (positions, scales, indices, signals that live on), `residual` the part in full precision that waits
+    to be stored in fewer bits.
     """
 
     layer: int
@@ -25,13 +26,17 @@ class LayerReport:
     bytes_kept: int
     metadata: int
     seconds: float
+    residual: int = 0
 
 
 @dataclass(frozen=True)
 class Report:
     """What compressing one cache saved and cost. `print` it, or read `layers`.
 
-    `peak` is the most bytes that all layers held at once, as when a prompt was read and not yet cut.
+    Four costs that are often taken for one: `bytes_kept` is what the cache holds between two forwards; `peak` the most
+    bytes that all layers held at once, as when a prompt was read and not yet cut; `transient` the most bytes that a
+    decoding step unpacks at once, on top of what is held; `step_seconds` the latest decoding step from its first layer's
+    attention to its last layer's. `seconds` is the time spent compressing, signals and probes included.
     """
 
     method: str
@@ -39,6 +44,8 @@ class Report:
     layers: tuple[LayerReport, ...]
     notes: tuple[str, ...] = ()
     peak: int = 0
+    transient: int = 0
+    step_seconds: float = 0.0
 
     @property
     def bytes_full(self) -> int:
@@ -51,6 +58,10 @@ class Report:
     @property
     def metadata(self) -> int:
         return sum(layer.metadata for layer in self.layers)
+
+    @property
+    def residual(self) -> int:
+        return sum(layer.residual for layer in self.layers)
 
     @property
     def seconds(self) -> float:
@@ -67,7 +78,7 @@ class Report:
         """Plain data, ready for JSON."""
         from dataclasses import asdict
 
-        totals = ("bytes_full", "bytes_kept", "metadata", "seconds")
+        totals = ("bytes_full", "bytes_kept", "metadata", "residual", "seconds")
         return {**asdict(self), "kept": self.kept, **{name: getattr(self, name) for name in totals}}
 
     def __str__(self) -> str:
@@ -75,6 +86,9 @@ class Report:
             f"{self.method} keep={self.keep}: kept {self.kept:.1%} of the entries, "
             f"{self.bytes_kept:,} of {self.bytes_full:,} bytes ({self.metadata:,} of them metadata), "
             f"{self.seconds * 1000:.0f} ms spent compressing",
+            f"at most {self.peak:,} bytes held at once"
+            + (f", {self.transient:,} more unpacked in a decoding step" if self.transient else "")
+            + (f"; the last decoding step took {self.step_seconds * 1000:.1f} ms" if self.step_seconds else ""),
             "layer  state       asked   kept a head (least-most)        bytes kept / full",
         ]
         for layer in self.layers:

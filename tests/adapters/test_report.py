@@ -27,8 +27,21 @@ def test_prints_and_is_plain_data(family: str, method: str) -> None:
     assert 0 < report.metadata < report.bytes_kept < report.bytes_full
     assert report.seconds > 0
     lines = str(report).splitlines()
-    assert len(lines) == 2 + len(report.layers) + len(report.notes)
+    assert len(lines) == 3 + len(report.layers) + len(report.notes)
+    assert data["peak"] == report.peak and f"at most {report.peak:,} bytes" in lines[1]
+    assert report.step_seconds > 0 and report.transient == report.residual == 0
     assert f"{report.bytes_kept:,} of {report.bytes_full:,} bytes" in lines[0]
+
+
+def test_the_peak_is_one_whole_layer_and_what_was_cut_before() -> None:
+    """Three layers of 2 heads, 40 tokens of 2 x 16 floats; each is cut to 20 (and their positions) before the next."""
+    model, whole, half = tiny("llama"), 2 * 40 * 2 * 16 * 4, 2 * 20 * (2 * 16 * 4 + 4)
+    with torch.no_grad(), fewer.Cache(model, SNAP, 0.5) as cache:
+        model(prompt(40), past_key_values=cache)
+    assert cache.report.peak == whole + 2 * half
+    with torch.no_grad(), fewer.Cache(model, "full", 1.0) as cache:
+        model(prompt(40), past_key_values=cache)
+    assert cache.report.peak == 3 * whole
 
 
 def test_seen_asked_and_kept_of_each_row() -> None:

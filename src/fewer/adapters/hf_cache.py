@@ -167,7 +167,13 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
                 layers.append(LayerReport(index, "left alone", (), (), (), held, held, 0, 0.0))
         policy = self.shared.policy
         return Report(
-            name_of(policy.method), policy.budget.keep, tuple(layers), tuple(self.shared.notes), self.shared.peak
+            name_of(policy.method),
+            policy.budget.keep,
+            tuple(layers),
+            tuple(self.shared.notes),
+            self.shared.peak,
+            self.shared.transient,
+            self.shared.step_seconds,
         )
 
     def under(self, method: str | Method, keep: Keep, *, store: Any = None) -> "Cache":

@@ -18,8 +18,9 @@ from transformers import cache_utils
 from fewer import attention
 from fewer.adapters.hf_bind import MARK
 from fewer.adapters.hf_policy import Policy, Shared
+from fewer.codec import PairCodec
 from fewer.compress import rate, settle
-from fewer.ragged import Dense, Part, Ragged
+from fewer.ragged import Dense, Part, Ragged, even, runs
 from fewer.report import LayerReport
 from fewer.signals import EveryLayer, LayerScores, Observer, Step
 from fewer.types import Budget, FewerError, Method, Phase, Plan, Site, Tokens, UnsupportedModel
@@ -93,6 +94,8 @@ class Layer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.pending = True
+        if self.place == 0:
+            self.shared.started = self._clock()
         keys, values = torch.cat([self.keys, key_states], dim=2), torch.cat([self.values, value_states], dim=2)
         if not self.shared.probing:
             self.keys, self.values = keys, values
@@ -217,6 +220,8 @@ class Layer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
             self._pack(phase)
         if last:
             shared.forget()
+            if phase == "decode":
+                shared.step_seconds = self._clock() - shared.started
         return out
 
     def _attended(
@@ -237,8 +242,20 @@ class Layer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
         if kwargs.get("dropout"):
             raise FewerError("a compressed cache is for inference: call model.eval() first")
         tail = None if mask is None else mask[..., -key.shape[2] :]
+        if self.coded and query.shape[2] == 1:
+            self.shared.transient = max(self.shared.transient, self._unpacked(key, value))
         mixed = attention.attend(query, parts, key, value, tail, scaling, softcap)
         return mixed.transpose(1, 2).contiguous(), None
+
+    def _unpacked(self, key: Tensor, value: Tensor) -> int:
+        """Most bytes that attention holds unpacked at once: the keys, or the values, of one part of one product."""
+        tokens = 0
+        for part in self.coded:
+            if even(self.parts):
+                tokens = max(tokens, sum(sum(row) for row in part.counts))
+            else:
+                tokens = max(tokens, *(sum(part.counts[row][heads]) for row, heads in runs(self.parts)))
+        return tokens * max(key.shape[-1], value.shape[-1]) * key.element_size()
 
     def _count(self, new: Tensor | None, b: int, q: int) -> None:
         """Take q new tokens into the books; `new` marks the padding among them."""
@@ -372,7 +389,9 @@ class Layer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.asked = tuple(budget.count(real) for real in self.real)
         if plan.note:
             self.shared.note(plan.note)
-        stays = not self.shared.policy.packs and not self.parts and plan.mass is None and not plan.folds
+        pairs = self.shared.policy.pairs
+        joins = pairs is not None and any(self.place in couple for couple in pairs.couples(self.shared.layers))
+        stays = not self.shared.policy.packs and not self.parts and plan.mass is None and not plan.folds and not joins
         if stays and bool((plan.counts == available).all()):
             return None  # stay as transformers has it
         return self._carry_out(plan, dense, order)
@@ -515,7 +534,16 @@ class Layer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
             bytes_kept=data + metadata,
             metadata=metadata,
             seconds=self.seconds + sum(self.watched.values()),
+            residual=self._waiting(),
         )
+
+    def _waiting(self) -> int:
+        """Bytes of keys and values in full precision that will be stored in fewer bits."""
+        if self.shared.policy.stores[-1] is None:
+            return 0
+        tail = self.keys.nbytes + self.values.nbytes
+        first = self.shared.policy.stores[0] is None  # then what is kept in full precision stays so
+        return tail + (0 if self.kept is None or first else self.kept.nbytes - self.kept.metadata)
 
 
 @torch.no_grad()
@@ -537,11 +565,23 @@ def compress(sources: Sequence[Layer], targets: Sequence[Layer], phase: Phase) -
             tokens = replace(tokens, signals={**tokens.signals, **every})
             plan = settle(policy.method, budget, tokens, scores)
             target.taken(target._take(plan, dense, order, budget))
+        if policy.pairs is not None:
+            for lower, upper in policy.pairs.couples(len(targets)):
+                _couple(targets[lower], targets[upper], policy.pairs)
         took = sources[0]._clock() - start
         for layer in targets:
             layer.seconds += took / len(targets)
     for layer in targets:
         layer.due = None
+
+
+def _couple(lower: Layer, upper: Layer, pairs: PairCodec) -> None:
+    """Hold what both layers were just left with as one. It stays where it is in storage: behind what was coded."""
+    if lower.kept is None or upper.kept is None:  # nothing new
+        return
+    for layer, part in zip((lower, upper), pairs.encode_pair(lower.kept, upper.kept), strict=True):
+        layer.coded, layer.kept = (*layer.coded, part), None
+        layer._weigh()
 
 
 def _right_aligned(columns: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fewer.adapters.hf_bind import Host
-from fewer.codec import POSITION_BYTES, Codec, Stores
+from fewer.codec import POSITION_BYTES, Codec, PairCodec, Stores
 from fewer.types import Budget, FewerError, FewerWarning, Method, Phase, UnsupportedModel
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Policy:
         name = type(method).__name__
         stores: Stores = getattr(method, "store", (None,))
         if store is not None:
-            if stores != (None,):
+            if stores != (None,) or hasattr(method, "pairs"):
                 raise FewerError(f"store={store!r}: {name} brings its own storage; choose a method that has none")
             stores = (cast(Codec, store),)
         if getattr(method, "whole", False) and not budget.whole:
@@ -68,14 +68,20 @@ class Policy:
         return any(store is not None for store in self.stores)
 
     @property
+    def pairs(self) -> PairCodec | None:
+        """How layers are held two by two, where the method does that."""
+        return getattr(self.method, "pairs", None)
+
+    @property
     def idle(self) -> bool:
         """Whether there is nothing to do, ever: all is kept, and as it is."""
-        return self.budget.whole and not self.packs
+        return self.budget.whole and not self.packs and self.pairs is None
 
     @property
     def together(self) -> bool:
         """Whether layers are compressed at the end of a forward, when the scores of all are known."""
-        return self.probes or any(getattr(need, "everywhere", False) for need in self.method.needs)
+        everywhere = any(getattr(need, "everywhere", False) for need in self.method.needs)
+        return everywhere or self.probes or self.pairs is not None
 
     @property
     def probes(self) -> bool:
@@ -107,6 +113,9 @@ class Shared:
     """Most bytes that all layers held at once."""
     transient: int = 0
     """Most bytes that a layer unpacked at once in a decoding step."""
+    step_seconds: float = 0.0
+    """What the latest decoding step took, from the first layer's update to the last layer's attention."""
+    started: float = 0.0
     _mask: Any = None
     _hidden: Tensor | None = None
 
