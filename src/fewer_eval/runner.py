@@ -104,6 +104,7 @@ def compare(
     seed: int = 0,
     questions: Sequence[Question] = ("unseen", "seen"),
     model_name: str = "",
+    timed: bool = True,
     tick: Callable[[str], None] = lambda what: None,
 ) -> Comparison:
     """Measure every method at every keep on every task; "full" is always measured, once.
@@ -112,6 +113,7 @@ def compare(
         tokens: length of a context.
         samples: samples of each task; of running text at most `TEXT_SAMPLES`.
         questions: whether the compressors see the question ("seen"), do not ("unseen"), or both.
+        timed: measure a decoding step of each case too; else `decode_ms` is 0.
         tick: called with a word on each sample before it runs, for a progress bar.
     """
     cases = [_Case(Full(), "full", 1.0)]
@@ -120,7 +122,7 @@ def compare(
         more = [_Case.of(method, keep) for method in methods]
         cases += [case for case in more if not isinstance(case.method, Full) and case not in cases]
     cases.sort(key=lambda case: case.alone)
-    bench = _Bench(model, tokenizer, cases, tuple(questions), tick)
+    bench = _Bench(model, tokenizer, cases, tuple(questions), timed, tick)
     rows: list[Row] = []
     for task in tasks:
         n = min(samples, TEXT_SAMPLES) if task.kind == "text" else samples
@@ -139,9 +141,11 @@ class _Bench:
         tokenizer: PreTrainedTokenizerBase,
         cases: Sequence[_Case],
         questions: tuple[Question, ...],
+        timed: bool,
         tick: Callable[[str], None],
     ) -> None:
         self.model, self.tokenizer, self.cases, self.questions, self.tick = model, tokenizer, cases, questions, tick
+        self.timed = timed
         self.together, self.alone = ([c for c in cases if c.alone is alone] for alone in (False, True))
         self.watch = _Watch(frozenset(need for case in self.together for need in case.method.needs))
         self.kept: dict[str, list[list[int]]] = {}
@@ -259,7 +263,7 @@ class _Bench:
         self.kept.setdefault(label, layers)
         self.notes.update(dict.fromkeys(report.notes))
         if label not in self.decode_ms:
-            self.decode_ms[label] = self._decode_ms(cache.fork())
+            self.decode_ms[label] = self._decode_ms(cache.fork()) if self.timed else 0.0
 
     def _decode_ms(self, cache: Cache, steps: int = 5) -> float:
         """Median time of one decoding step on this cache, batch 1, after one step that does not count."""

@@ -1,0 +1,155 @@
+"""The evidence for docs/kv.md: every cache method on the default model, in one command that can be interrupted.
+
+    python scripts/evidence.py [--minutes 60] [--fit FILE ...]
+
+Work is cut into units of a few samples; each is appended to out/evidence/units.jsonl when it is done, and a later call
+goes on where the last one stopped. Whatever is there is then merged into results/kv-smollm2.json, with its sample
+counts, and docs/kv.svg is drawn from it.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from fewer import fit as fits
+from fewer import models
+from fewer.methods import METHODS, resolve
+from fewer_eval import environment, report
+from fewer_eval.runner import compare
+from fewer_eval.schema import Row
+from fewer_eval.tasks import TASKS
+
+ROOT = Path(__file__).parents[1]
+UNITS = ROOT / "out" / "evidence" / "units.jsonl"
+RESULTS = ROOT / "results" / "kv-smollm2.json"
+KEEPS = (0.75, 0.5, 0.25, 0.1)
+MORE = ("kivi-2bit", "kivi-4bit", "snapkv+kivi-4bit", "keydiff+kivi-4bit", "kvzip+kivi-4bit")
+"""Beside every registered method: bits and mixes."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A few samples of one task at one length; the seed tells it from the others of its kind."""
+
+    task: str
+    tokens: int
+    samples: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.task} {self.tokens} {self.samples} {self.seed}"
+
+
+def plan() -> list[Unit]:
+    """What is to be measured, what tells most first."""
+    wanted = [("text", 1000, 4, 1), ("needle-single", 1000, 5, 10)]
+    wanted += [("needle-single", tokens, 2, 10) for tokens in (2000, 4000)]
+    for task in ("needle-multikey", "needle-multivalue"):
+        wanted += [(task, 1000, 5, 10), (task, 2000, 2, 10), (task, 4000, 2, 10)]
+    wanted += [("text", tokens, 4, 1) for tokens in (2000, 4000)]
+    return [Unit(task, tokens, size, seed) for task, tokens, size, count in wanted for seed in range(count)]
+
+
+def methods(fit_files: list[Path]) -> list[Any]:
+    """Every registered method, those that want a fit only where one is given, and the mixes."""
+    given = {fit.method: fit for fit in map(fits.load, fit_files)}
+    chosen: list[Any] = []
+    for name, known in METHODS.items():
+        if not fits.wants(known):
+            chosen.append(name)
+        elif name in given:
+            chosen.append(known(fit=given[name]))
+        else:
+            print(f"left out, since it wants a --fit: {name}", file=sys.stderr)
+    for name in MORE:
+        for part in name.split("+"):
+            resolve(part)
+    return chosen + list(MORE)
+
+
+def measured() -> dict[str, list[dict[str, Any]]]:
+    """Rows by unit, of all units that are done."""
+    if not UNITS.exists():
+        return {}
+    lines = [json.loads(line) for line in UNITS.read_text().splitlines() if line.endswith("}")]
+    return {line["unit"]: line["rows"] for line in lines}
+
+
+def merged(done: dict[str, list[dict[str, Any]]]) -> list[Row]:
+    """One row for each cell: means over all samples."""
+    cells: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    for rows in done.values():
+        for row in rows:
+            cells[row["task"], row["tokens"], row["question"], row["method"], str(row["keep_asked"])].append(row)
+    out = []
+    for group in cells.values():
+        n = sum(row["n"] for row in group)
+        mean = {
+            name: sum(row[name] * row["n"] for row in group) / n
+            for name, value in group[0].items()
+            if isinstance(value, float) and name not in ("keep_asked", "decode_ms")
+        }
+        mean["decode_ms"] = max(row["decode_ms"] for row in group)  # timed in the first unit of a kind only
+        out.append(Row(**{**group[0], **mean, "n": n, "seed": 0}))
+    return out
+
+
+def write(rows: list[Row], fit_files: list[Path]) -> None:
+    record = {
+        "date": date.today().isoformat(), "model": "SmolLM2-135M-Instruct, float32", "hardware": environment.hardware(),
+        "versions": environment.versions(), "fits": [path.name for path in fit_files],
+        "rows": [row.to_dict() for row in rows],
+    }  # fmt: skip
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    RESULTS.write_text(json.dumps(record, indent=0) + "\n")
+    short = [row for row in rows if row.tokens == 1000 and row.task in ("needle-single", "text")]
+    if short:
+        report.svg_file(ROOT / "docs" / "kv.svg", short)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this long; the rest can wait")
+    parser.add_argument("--fit", type=Path, action="append", default=[], help="a file that `fewer fit` made")
+    options = parser.parse_args()
+    end, chosen = time.monotonic() + 60 * options.minutes, methods(options.fit)
+    done, units = measured(), plan()
+    left = [unit for unit in units if unit.name not in done]
+    if left and options.minutes > 0:
+        model, tokenizer = models.load("default", say=print)
+        columns = (TextColumn("{task.description:28s}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        UNITS.parent.mkdir(parents=True, exist_ok=True)
+        with Progress(*columns) as progress:
+            bar = progress.add_task("", total=len(units), completed=len(units) - len(left))
+            for unit in left:
+                if time.monotonic() > end:
+                    break
+                progress.update(bar, description=f"{unit.task}, {unit.tokens} tokens")
+                found = compare(
+                    model, tokenizer, [TASKS[unit.task]], chosen, KEEPS, tokens=unit.tokens, samples=unit.samples,
+                    seed=unit.seed, model_name="default", timed=unit.seed == 0,
+                )  # fmt: skip
+                with UNITS.open("a") as file:
+                    file.write(json.dumps({"unit": unit.name, "rows": [row.to_dict() for row in found.rows]}) + "\n")
+                done = measured()
+                progress.advance(bar)
+    rows = merged(done)
+    if not rows:
+        print("nothing was measured yet", file=sys.stderr)
+        return 1
+    write(rows, options.fit)
+    print(f"{len(done)} of {len(units)} units done; wrote {RESULTS.relative_to(ROOT)} ({len(rows)} cells)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
