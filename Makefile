@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 PEER := .venv-kvpress
 
-.PHONY: demo test test-oldest check bench docs clean
+.PHONY: demo test test-oldest check bench evidence docs clean
 
 demo: $(VENV)/.installed  ## compare every method on the default model: table, out/report.html, out/results.jsonl
 	scripts/demo
@@ -19,8 +19,14 @@ check: $(VENV)/.installed  ## lint, format and types
 test-oldest: $(OLDEST)/.installed  ## the tests on the oldest transformers that is supported
 	scripts/test-oldest
 
-bench: $(VENV)/.installed $(PEER)/.installed  ## speed and bytes beside kvpress
+bench: $(VENV)/.installed $(PEER)/.installed  ## speed and bytes beside kvpress and transformers' quantised cache
 	$(BIN)/python benchmarks/kv.py --peer $(PEER)/bin/python
+	scripts/install $(VENV) '.[bench]'
+	$(BIN)/python benchmarks/kv.py --part storage
+	$(BIN)/python benchmarks/kv.py --part prefill
+
+evidence: $(VENV)/.installed  ## every cache method at every budget and length: results/kv-smollm2.json (hours; goes on where it stopped)
+	$(BIN)/python scripts/evidence.py
 
 docs: $(VENV)/.installed  ## write the generated parts of the README anew
 	$(BIN)/python scripts/readme.py

@@ -10,6 +10,9 @@ model as its denominator. Correctness comes first: kept positions must be those 
 same, and keeping everything must not change a logit; otherwise nothing is timed.
 
     python benchmarks/kv.py --peer .venv-kvpress/bin/python [--tokens 4096] [--repeats 3] [--json results/x.json]
+    python benchmarks/kv.py --part storage      kivi in 4 bits beside the full cache, transformers' own quantised cache
+                                                (quanto), and unpacking everything before attention
+    python benchmarks/kv.py --part prefill      fastkv at rate 0.25 beside the plain prefill
 """
 
 import argparse
@@ -30,9 +33,12 @@ from rich.table import Table
 
 import fewer
 from fewer import models
+from fewer.codec import Coded
 from fewer.cost import Decoder
 from fewer.methods.kv.adakv import AdaKV
 from fewer.methods.kv.expected_attention import ExpectedAttention
+from fewer.methods.kv.fastkv import FastKV
+from fewer.methods.kv.kivi import KIVI
 from fewer.methods.kv.knorm import KNorm
 from fewer.methods.kv.snapkv import SnapKV
 from fewer_eval import environment, text
@@ -73,10 +79,10 @@ def decode(model: Any, ids: torch.Tensor, cache: Any) -> float:
 def held(cache: Any) -> int:
     """Bytes of the storages that a cache's tensors keep alive, found by walking it, not by asking it."""
     storages: dict[int, int] = {}
-    ours = ("fewer.ragged", "fewer.signals", "fewer.adapters.hf_layer", "transformers.cache_utils")
+    ours = ("fewer.", "transformers.cache_utils", "optimum.quanto")
 
     def walk(thing: Any) -> None:
-        if isinstance(thing, torch.Tensor):
+        if isinstance(thing, torch.Tensor) and not type(thing).__module__.startswith("optimum"):
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
         elif isinstance(thing, dict):
@@ -86,7 +92,7 @@ def held(cache: Any) -> int:
             for value in thing:
                 walk(value)
         elif type(thing).__module__.startswith(ours):
-            walk([value for name, value in vars(thing).items() if name != "shared"])
+            walk([value for name, value in vars(thing).items() if name not in ("shared", "method", "need")])
 
     walk(cache.layers)
     return sum(storages.values())
@@ -153,11 +159,109 @@ def kept_positions(model: Any, ids: torch.Tensor, names: list[str]) -> dict[str,
     return found
 
 
+class Unpacked:
+    """A packed part that is unpacked whole before attention: the plain alternative to multiplying by what is packed."""
+
+    def __init__(self, part: Coded) -> None:
+        self.part, self.counts = part, part.counts
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.part, name)
+
+    def logits(self, query: Any, row: Any, heads: Any) -> Any:
+        return Coded.logits(self.part, query, row, heads)
+
+    def mix(self, weights: Any, row: Any, heads: Any) -> Any:
+        return Coded.mix(self.part, weights, row, heads)
+
+
+@torch.inference_mode()
+def storage(model: Any, ids: torch.Tensor, repeats: int) -> dict[str, dict[str, Any]]:
+    """Decoding steps and held bytes of packed caches over the full cache's, each pair timed in turn."""
+    from transformers import QuantizedCache
+
+    def plain() -> Any:
+        return model(ids, logits_to_keep=1).past_key_values
+
+    def kivi() -> Any:
+        with fewer.compress(model, KIVI(bits=4)) as run:
+            model(ids, logits_to_keep=1)
+        return run.cache
+
+    def unpacked() -> Any:
+        cache = kivi()
+        for layer in cache.layers:
+            layer.coded = tuple(Unpacked(part) for part in layer.coded)
+        return cache
+
+    def quanto() -> Any:
+        cache = QuantizedCache("quanto", model.config, nbits=4, q_group_size=32, residual_length=128)
+        model(ids, logits_to_keep=1, past_key_values=cache)
+        return cache
+
+    exact = plain()
+    with fewer.compress(model, KIVI(bits=8)) as run:
+        model(ids, logits_to_keep=1)
+    token = ids[:, :1]
+    with fewer.Cache(model, "full"):
+        near = model(token, past_key_values=run.cache).logits
+        off = float((near - model(token, past_key_values=exact).logits).abs().max())
+    if not off < 0.5:
+        raise SystemExit(f"kivi in 8 bits is {off:.2f} off the full cache's logits: nothing is timed")
+    print(f"largest difference of a logit in 8 bits: {off:.3f}")
+    del exact
+    results = {}
+    for name, make in {"kivi-4bit": kivi, "kivi-4bit, unpacked first": unpacked, "quanto 4 bit": quanto}.items():
+        pairs, bytes_ratio = [], 0.0
+        for _ in range(repeats):
+            full = plain()
+            full_bytes, full_step = held(full), decode(model, ids, full)
+            del full
+            cache = make()
+            bytes_ratio = held(cache) / full_bytes
+            with fewer.Cache(model, "full"):  # the attention function of packed caches; others pass it by
+                step = decode(model, ids, cache)
+            pairs.append((step, full_step))
+        results[name] = {
+            "decode_ratio": statistics.median(a / b for a, b in pairs),
+            "decode_ms": statistics.median(a for a, _ in pairs) * 1000,
+            "decode_full_ms": statistics.median(b for _, b in pairs) * 1000,
+            "held_ratio": bytes_ratio,
+        }
+    return results
+
+
+@torch.inference_mode()
+def prefill(model: Any, ids: torch.Tensor, repeats: int) -> dict[str, Any]:
+    """The prefill of fastkv over the plain one, timed in turn, and the FLOPs it cannot do without."""
+    method = FastKV(rate=0.25)
+    short = ids[:, :257]
+    plain = model(short, logits_to_keep=1).logits
+    with fewer.compress(model, FastKV(rate=1.0), keep=1.0):
+        if not torch.allclose(model(short, logits_to_keep=1).logits, plain, atol=1e-4):
+            raise SystemExit("passing everything on changed the logits: nothing is timed")
+    pairs = []
+    for _ in range(repeats):
+        took, _ = seconds(lambda: model(ids, logits_to_keep=1))
+        with fewer.compress(model, method, keep=KEEP):
+            cut, _ = seconds(lambda: model(ids, logits_to_keep=1))
+        pairs.append((cut, took))
+    decoder = Decoder.of(model)
+    floor = decoder.prefill_flops(ids.shape[1], layer=method.shortens(decoder.layers), rate=0.25)
+    return {
+        "prefill_ratio": statistics.median(a / b for a, b in pairs),
+        "prefill_s": statistics.median(a for a, _ in pairs),
+        "prefill_full_s": statistics.median(b for _, b in pairs),
+        "floor": floor / decoder.prefill_flops(ids.shape[1]),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", help="the python of an environment with kvpress 0.5.5")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--part", choices=("methods", "storage", "prefill"), default="methods", help="what to measure")
     parser.add_argument("--bytes-only", action="store_true", help="only measure held bytes, once")
     parser.add_argument("--json", type=Path, help="also write the result here")
     options = parser.parse_args()
@@ -172,6 +276,9 @@ def main() -> None:
     correct(model, ids)
     if options.bytes_only:
         print(json.dumps(held_ratios(model, ids)))
+        return
+    if options.part != "methods":
+        part(options, model, ids, decoder)
         return
     peer: dict[str, Any] = {}
     if options.peer:
@@ -203,12 +310,35 @@ def main() -> None:
             f"{row['held_ratio']:.4f}", shown[2],
         )  # fmt: skip
     Console(width=120).print(table)
-    record = {
-        "benchmark": "kv", "date": date.today().isoformat(), "tokens": options.tokens, "keep": KEEP,
-        "repeats": options.repeats, "model": "SmolLM2-135M-Instruct, float32", "floor_decode": floor,
-        "threads": torch.get_num_threads(), "hardware": environment.hardware(),
-        "versions": environment.versions(),
+    finish(options, {
+        "benchmark": "kv", "keep": KEEP, "floor_decode": floor,
         "fewer": results, "kvpress": peer.get("results"), "kvpress_versions": peer.get("versions"),
+    })  # fmt: skip
+
+
+def part(options: argparse.Namespace, model: Any, ids: torch.Tensor, decoder: Decoder) -> None:
+    """One of the smaller measurements, with its floor."""
+    if options.part == "storage":
+        results = storage(model, ids, options.repeats)
+        table = Table(f"{options.tokens:,} tokens", "decode / full", "floor", "held / full")
+        full = decoder.cache_bytes(options.tokens)
+        for name, row in results.items():
+            row["floor"] = decoder.decode_bytes(int(full * row["held_ratio"])) / decoder.decode_bytes(full)
+            table.add_row(name, f"{row['decode_ratio']:.3f}", f"{row['floor']:.3f}", f"{row['held_ratio']:.4f}")
+        Console(width=120).print(table)
+    else:
+        results = {"fastkv, rate 0.25": prefill(model, ids, options.repeats)}
+        for name, row in results.items():
+            print(f"{name}: prefill / plain {row['prefill_ratio']:.3f}, of the FLOPs {row['floor']:.3f}")
+    finish(options, {"benchmark": f"kv, {options.part}", "fewer": results})
+
+
+def finish(options: argparse.Namespace, measured: dict[str, Any]) -> None:
+    """One line of JSON, and the file that was asked for, with the circumstances."""
+    record = {
+        "date": date.today().isoformat(), "tokens": options.tokens, "repeats": options.repeats,
+        "model": "SmolLM2-135M-Instruct, float32", "threads": torch.get_num_threads(),
+        "hardware": environment.hardware(), "versions": environment.versions(), **measured,
     }  # fmt: skip
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

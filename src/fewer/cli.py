@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fewer import fit as fits
 from fewer.compress import compress
 from fewer.methods import METHODS, resolve
 from fewer.types import Budget, FewerError, Keep, UnknownName
@@ -22,6 +24,7 @@ err = Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="End with one line of JSON and print nothing else to stdout.")]
 ModelName = Annotated[str, typer.Option("--model", help="A path, a hub name, or 'default'.")]
+Fits = Annotated[list[Path] | None, typer.Option("--fit", help="A file that `fewer fit` made for one of the methods.")]
 
 
 def describe(name: str) -> dict[str, Any]:
@@ -87,6 +90,7 @@ def compare(
     seed: int = 0,
     data: Annotated[Path | None, typer.Option(help="Your own JSONL of context, question, answer, as the task.")] = None,
     unseen: Annotated[bool, typer.Option(help="With --data: hide the question from the compressor.")] = False,
+    fit: Fits = None,
     folder: Annotated[Path, typer.Option("--out", help="Where report.html and results.jsonl go.")] = Path("out"),
     model: ModelName = "default",
     as_json: Json = False,
@@ -95,8 +99,7 @@ def compare(
     from fewer_eval import tasks as known
     from fewer_eval.schema import Question
 
-    names = list(METHODS) if methods == "all" else _listed(methods)
-    chosen = [resolve(name) for name in names]
+    chosen = _fitted(_listed(methods), fit)
     keeps = [_keep(text) for text in _listed(keep)]
     own = None if data is None else known.from_jsonl(data)
     run = [own] if own is not None else _tasks(tasks)
@@ -164,6 +167,7 @@ def generate(
     keep: str = "0.25",
     when: Annotated[str, typer.Option(help="Compress at 'prefill', 'decode' or 'both'.")] = "prefill",
     every: Annotated[int, typer.Option(help="Decoding steps between two compressions.")] = 64,
+    fit: Fits = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     plain: Annotated[bool, typer.Option(help="Do not wrap the prompt in the model's chat template.")] = False,
     model: ModelName = "default",
@@ -175,7 +179,7 @@ def generate(
     from fewer.models import load
 
     text = _prompt(prompt, file)
-    chosen, budget = resolve(method), _keep(keep)
+    (chosen,), budget = _fitted([method], fit), _keep(keep)
     loaded, tokenizer = load(model, say=err.print)
     if not plain and tokenizer.chat_template is not None:
         message = [{"role": "user", "content": text}]
@@ -192,20 +196,120 @@ def generate(
     err.print(str(run.report), highlight=False, markup=False)
 
 
+@app.command("fit")
+def fit_method(
+    method: str,
+    file: Annotated[Path, typer.Option("--out", help="Where the fit goes.")],
+    data: Annotated[Path | None, typer.Option(help="A text file to fit on, instead of the built-in mixture.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to fit on, in all.", min=64)] = 12_000,
+    length: Annotated[int, typer.Option(help="Length of a context in tokens.", min=64)] = 1000,
+    seed: int = 0,
+    model: ModelName = "default",
+    as_json: Json = False,
+) -> None:
+    """Compute what a method needs to know of a model beforehand, and keep it in a file for --fit."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from fewer.models import load
+
+    fit_to = getattr(type(resolve(method)), "fit_to", None)
+    if fit_to is None:
+        able = ", ".join(name for name, known in METHODS.items() if fits.wants(known))
+        raise FewerError(f"{method} needs no fit; methods that want one are {able}")
+    if not file.parent.is_dir():
+        raise FewerError(f"--out {file}: there is no folder {file.parent}")
+    own = None if data is None else _text(data, "--data")
+    loaded, tokenizer = load(model, say=err.print)
+    what = _needles if getattr(type(resolve(method)), "fits_on", "text") == "needles" else _contexts
+    contexts = what(tokenizer, own, tokens, length, seed)
+    columns = (TextColumn("{task.description:32s}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err) as progress:
+        bar = progress.add_task("starting", total=1.0)
+
+        def tick(what: str, share: float) -> None:
+            progress.update(bar, description=what, completed=share)
+
+        made: fits.Fit = fit_to(loaded, contexts, seed=seed, tick=tick)
+        progress.update(bar, description="done", completed=1.0)
+    fits.save(made, file)
+    if as_json:
+        said = {"out": str(file), "method": made.method, "model": made.model, "notes": dict(made.notes)}
+        print(json.dumps(said))  # noqa: T201
+        return
+    for name, note in made.notes.items():
+        out.print(f"{name}: {note}", highlight=False, markup=False)
+    out.print(f"wrote {file}", highlight=False, markup=False)
+
+
+def _contexts(tokenizer: Any, own: str | None, tokens: int, length: int, seed: int) -> list[Any]:
+    """Token ids (1, n) of contexts to fit on, each of `length` tokens, `tokens` in all."""
+    from fewer_eval.fitting import mixture
+
+    # a token is seldom longer than this; more text would only be tokenised for nothing
+    text = (mixture(8 * tokens, seed) if own is None else own)[: 16 * tokens]
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[:, :tokens]
+    if not ids.numel():
+        raise FewerError("there is no text to fit on")
+    return list(ids.split(length, dim=1))
+
+
+def _needles(tokenizer: Any, own: str | None, tokens: int, length: int, seed: int) -> list[Any]:
+    """Questions about facts in `length` tokens of text, `tokens` in all, in the model's chat template if it has one."""
+    from fewer.score.retrieval import Needle
+    from fewer_eval.fitting import asked
+
+    made = []
+    for about in asked(tokenizer, length, max(1, tokens // length), seed, own):
+        text = f"{about.text}\n\n{about.question}"
+        if tokenizer.chat_template is not None:
+            message = [{"role": "user", "content": text}]
+            text = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+        else:
+            text += "\n"
+        read = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, return_tensors="pt")
+        starts, ends = read.offset_mapping[0].unbind(-1)
+        start, end = text.index(about.fact), text.index(about.fact) + len(about.fact)
+        inside, said = ((ends > left) & (starts < end) for left in (start, end - len(about.answer)))
+        first, last = inside.nonzero()[[0, -1], 0].tolist()
+        made.append(Needle(read.input_ids, first, last + 1, read.input_ids[0, said]))
+    return made
+
+
 def _prompt(prompt: str | None, file: Path | None) -> str:
     if (prompt is None) == (file is None):
         raise FewerError("give a prompt, or --file, and not both")
     if prompt is None:
         assert file is not None
-        try:
-            prompt = sys.stdin.buffer.read().decode() if str(file) == "-" else file.read_bytes().decode()
-        except OSError as error:
-            raise FewerError(f"--file {file}: {error.strerror}") from None
-        except UnicodeDecodeError as error:
-            raise FewerError(f"--file {file} is not UTF-8 text (byte {error.start})") from None
+        prompt = _text(file, "--file")
     if not prompt.strip():
         raise FewerError("the prompt is empty")
     return prompt
+
+
+def _text(file: Path, option: str) -> str:
+    try:
+        return sys.stdin.buffer.read().decode() if str(file) == "-" else file.read_bytes().decode()
+    except OSError as error:
+        raise FewerError(f"{option} {file}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise FewerError(f"{option} {file} is not UTF-8 text (byte {error.start})") from None
+
+
+def _fitted(names: list[str], files: list[Path] | None) -> list[Any]:
+    """The methods of these names, or all of them, each with its fit where one was given."""
+    given = {fit.method: fit for fit in map(fits.load, files or [])}
+    if names == ["all"]:
+        left = [name for name, known in METHODS.items() if fits.wants(known) and name not in given]
+        names = [name for name in METHODS if name not in left]
+        if left:
+            err.print(f"left out, since they want a --fit: {', '.join(left)}", highlight=False)
+    if spare := sorted(given.keys() - set(names)):
+        raise FewerError(f"--fit was given for {', '.join(spare)}, which is not among the methods asked for")
+    made = [resolve(name) for name in names]
+    return [
+        replace(method, fit=given[name]) if name in given else method  # type: ignore[type-var]
+        for name, method in zip(names, made, strict=True)
+    ]
 
 
 def _listed(text: str) -> list[str]:

@@ -4,9 +4,11 @@
     bytes_for(tokens, d, e, size)   ->  its exact bytes, all metadata included, before anything is packed
 
 A method may name several forms, one for each `tier` of its plan (see `Plan.tier`); None stands for full precision.
+One that names `pairs` instead has layers held two by two (`PairCodec`).
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -19,6 +21,8 @@ from fewer.types import Phase
 
 POSITION_BYTES = 4
 """Each kept token knows its position, as an int32."""
+UNPACKED_TOKENS = 1 << 14
+"""Most tokens unpacked at once (4 MB of keys of 64 float32): a CPU's cache holds them, and long heads take no more."""
 
 
 @runtime_checkable
@@ -45,6 +49,20 @@ class Codec(Protocol):
 
 Stores = tuple[Codec | None, ...]
 
+
+@runtime_checkable
+class PairCodec(Protocol):
+    """One form of storage for two layers at once, which hold the same tokens."""
+
+    def couples(self, layers: int) -> Sequence[tuple[int, int]]:
+        """Which of so many layers go together, each with one above it, and none twice."""
+        ...
+
+    def encode_pair(self, lower: Ragged, upper: Ragged) -> tuple[Part, Part]:
+        """What each of the two layers attends to from now on. Both count half of the bytes that they share."""
+        ...
+
+
 C = TypeVar("C", bound="Coded")
 
 
@@ -62,8 +80,13 @@ class Coded:
     mass: Tensor | None
     dtype: torch.dtype  # of what comes out
 
+    @property
+    def cut(self) -> int:
+        """Tokens at whose multiples a head may be cut for unpacking; 0 where only whole heads can be unpacked."""
+        return 0
+
     def keys(self, start: int, end: int) -> Tensor:
-        """Keys `(end - start, d)` of these entries; both bounds lie between heads."""
+        """Keys `(end - start, d)` of these entries; both bounds lie between heads, or where a head may be cut."""
         raise NotImplementedError
 
     def values(self, start: int, end: int) -> Tensor:
@@ -73,6 +96,28 @@ class Coded:
     def spans(self: C, spans: Sequence[tuple[int, int]], counts: Counts) -> C:
         """A part of these entries only, in this order, that hold `counts`; `books` gives the first four fields."""
         raise NotImplementedError
+
+    def stack(self: C, other: C) -> C | None:
+        """The rows of both as one batch; None where two of its kind cannot become one. `stacked` gives the first four
+        fields."""
+        return None
+
+    def join(self: C, other: C) -> C | None:
+        """One part in which each head holds its entries here and then those of `other`. Nothing is packed anew."""
+        both, rows = self.stack(other), len(self.counts)
+        if both is None:
+            return None
+        spans = [
+            both.bounds[at][head]
+            for row in range(rows)
+            for head in range(len(self.counts[0]))
+            for at in (row, row + rows)
+        ]
+        counts = tuple(
+            tuple(a + b for a, b in zip(one, two, strict=True))
+            for one, two in zip(self.counts, other.counts, strict=True)
+        )
+        return both.spans(spans, counts)
 
     @property
     def payload(self) -> tuple[int, int]:
@@ -91,15 +136,53 @@ class Coded:
         assert positions is not None
         return counts, positions, of(self.placed), of(self.mass)
 
+    def stacked(self: C, other: C) -> tuple[Counts, Tensor, Tensor | None, Tensor | None]:
+        """The first four fields for the rows of both."""
+        placed = mass = None
+        if self.placed is not None or other.placed is not None:
+            placed = torch.cat([x.positions if x.placed is None else x.placed for x in (self, other)])
+        if self.mass is not None or other.mass is not None:
+            mass = torch.cat(
+                [torch.ones_like(x.positions).float() if x.mass is None else x.mass for x in (self, other)]
+            )
+        return (*self.counts, *other.counts), torch.cat([self.positions, other.positions]), placed, mass
+
     def logits(self, query: Tensor, row: int | None, heads: Heads) -> Tensor:
         start, end, lead = self._extent(row, heads)
-        keys = self.keys(start, end)
-        return query @ keys.view(*lead, -1, keys.shape[-1]).transpose(-1, -2)
+        rows = query.reshape(math.prod(lead), *query.shape[-2:])  # (heads, m, d)
+        out = rows.new_empty(*rows.shape[:2], (end - start) // len(rows))
+        for some, tokens, first, last in self._pieces(start, *out.shape[::2]):
+            keys = self.keys(first, last).view(some.stop - some.start, -1, query.shape[-1])
+            out[some, :, tokens] = rows[some] @ keys.transpose(-1, -2)
+        return out.view(*lead, *out.shape[1:])
 
     def mix(self, weights: Tensor, row: int | None, heads: Heads) -> Tensor:
-        start, end, lead = self._extent(row, heads)
-        values = self.values(start, end)
-        return weights @ values.view(*lead, -1, values.shape[-1])
+        start, _, lead = self._extent(row, heads)
+        rows = weights.reshape(math.prod(lead), *weights.shape[-2:])  # (heads, m, k)
+        out: list[Tensor] = []
+        for some, tokens, first, last in self._pieces(start, *rows.shape[::2]):
+            values = self.values(first, last)
+            mixed = rows[some, :, tokens] @ values.view(some.stop - some.start, -1, values.shape[-1])
+            if tokens.start:
+                out[-1] = out[-1] + mixed
+            else:
+                out.append(mixed)
+        return torch.cat(out).view(*lead, *out[0].shape[1:])
+
+    def _pieces(self, start: int, heads: int, count: int) -> Iterator[tuple[slice, slice, int, int]]:
+        """What is unpacked at once, of so many heads of `count` tokens: which heads, which of their tokens, and their
+        first and one-past-last entry."""
+        if count > UNPACKED_TOKENS and self.cut:
+            step = max(UNPACKED_TOKENS // self.cut, 1) * self.cut
+            for head in range(heads):
+                for first in range(0, count, step):
+                    last, at = min(first + step, count), start + head * count
+                    yield slice(head, head + 1), slice(first, last), at + first, at + last
+        else:
+            step = max(UNPACKED_TOKENS // max(count, 1), 1)
+            for head in range(0, heads, step):
+                last = min(head + step, heads)
+                yield slice(head, last), slice(0, count), start + head * count, start + last * count
 
     def bias(self, row: int | None, heads: Heads) -> Tensor | None:
         if self.mass is None:
@@ -141,3 +224,17 @@ class Coded:
     @property
     def nbytes(self) -> int:
         return self.metadata + self.payload[0]
+
+
+def joined(parts: Sequence[Part], new: Part) -> Part | None:
+    """The last of these parts with the new one's entries behind its own, head by head; None where they stay apart."""
+    last = parts[-1] if parts else None
+    return last.join(new) if isinstance(last, Coded) and type(last) is type(new) else None
+
+
+def unpacked(part: Part, row: int | None, heads: Heads) -> int:
+    """Most entries that attention unpacks at once for these heads, which hold the same numbers."""
+    counts = [count for at in (part.counts if row is None else (part.counts[row],)) for count in at[heads]]
+    if not isinstance(part, Coded):
+        return sum(counts)
+    return max(last - first for _, _, first, last in part._pieces(0, len(counts), counts[0]))

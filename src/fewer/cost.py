@@ -14,7 +14,8 @@ from fewer.types import Budget, Keep
 class Decoder:
     """The sizes of a decoder that its costs follow from.
 
-    `parameters` are all weights that a step reads: tied embeddings count once, as the output matrix.
+    `parameters` are all weights that a step reads: tied embeddings count once, as the output matrix. `embedding` is how
+    many of them are embeddings and output matrix, and so in no layer.
 
     >>> tiny = Decoder(layers=2, heads=4, kv_heads=2, head_dim=8, parameters=1000, itemsize=4)
     >>> tiny.cache_bytes(10)
@@ -29,12 +30,14 @@ class Decoder:
     head_dim: int
     parameters: int
     itemsize: int
+    embedding: int = 0
 
     @classmethod
     def of(cls, model: Any) -> "Decoder":
         """Read a transformers decoder's sizes; every layer is taken to be a full-attention one."""
         config = model.config.get_text_config(decoder=True)
         weights = {id(p): p for p in model.parameters()}.values()
+        ends = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return cls(
             layers=config.num_hidden_layers,
@@ -43,6 +46,7 @@ class Decoder:
             head_dim=head_dim,
             parameters=sum(p.numel() for p in weights),
             itemsize=next(iter(weights)).element_size(),
+            embedding=sum(p.numel() for p in {id(p): p for m in ends for p in m.parameters()}.values()),
         )
 
     def cache_bytes(self, tokens: int, *, rows: int = 1, keep: Keep = 1.0) -> int:
@@ -63,6 +67,22 @@ class Decoder:
         """Multiply-adds count two: two for each weight and token, and causal attention's scores and values."""
         attention = 2 * 2 * self.layers * self.heads * self.head_dim * tokens * (tokens + 1) // 2
         return 2 * self.parameters * tokens + attention
+
+    def shortened_prefill_flops(self, tokens: int, *, layer: int, rate: Keep) -> int:
+        """`prefill_flops` where the layers after `layer` read only some of the tokens, a fraction or a count of them
+        (FastKV; at least its window goes on).
+
+        >>> tiny = Decoder(layers=2, heads=1, kv_heads=1, head_dim=1, parameters=100, itemsize=4, embedding=20)
+        >>> tiny.shortened_prefill_flops(8, layer=0, rate=0.25)  # 2 * 40 * (8 + 2) + 2 * 20 * 8, and 4 * (36 + 3)
+        1276
+        >>> tiny.shortened_prefill_flops(8, layer=0, rate=1.0) == tiny.prefill_flops(8)
+        True
+        """
+        early, late = layer + 1, self.layers - layer - 1
+        going = Budget.parse(rate).count(tokens)
+        inside = (self.parameters - self.embedding) * (early * tokens + late * going) // self.layers
+        seen = early * tokens * (tokens + 1) // 2 + late * going * (going + 1) // 2
+        return 2 * (inside + self.embedding * tokens) + 2 * 2 * self.heads * self.head_dim * seen
 
     def decode_bytes(self, cache_bytes: int) -> int:
         """Bytes that one decoding step cannot avoid reading: every weight, and the cache."""

@@ -14,7 +14,8 @@ class LayerReport:
     and `asked` are tokens for each row: those that came by, and those a head was to keep when last compressed.
     `bytes_full` is what transformers' own cache would hold; `metadata` is the part of `bytes_kept` that is neither
     keys nor values (positions, scales, indices, signals that live on), `residual` the part in full precision that waits
-    to be stored in fewer bits.
+    to be stored in fewer bits. `read` is the share of the entries held that a query head read, on average over all
+    decoding steps: less than 1 where a method reads sparsely.
     """
 
     layer: int
@@ -27,6 +28,7 @@ class LayerReport:
     metadata: int
     seconds: float
     residual: int = 0
+    read: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ class Report:
 
     Four costs that are often taken for one: `bytes_kept` is what the cache holds between two forwards; `peak` the most
     bytes that all layers held at once, as when a prompt was read and not yet cut; `transient` the most bytes that a
-    decoding step unpacks at once, on top of what is held; `step_seconds` the latest decoding step from its first layer's
-    attention to its last layer's. `seconds` is the time spent compressing, signals and probes included.
+    decoding step unpacks at once, on top of what is held; `step_seconds` the latest decoding step, from its first
+    layer's attention to its last layer's. `seconds` is the time spent compressing, signals and probes included.
     """
 
     method: str
@@ -74,11 +76,18 @@ class Report:
         entries = sum(seen * len(row) for layer in mine for seen, row in zip(layer.seen, layer.kept, strict=True))
         return sum(sum(row) for layer in mine for row in layer.kept) / entries if entries else 1.0
 
+    @property
+    def read(self) -> float:
+        """Share of the entries held that decoding steps read, over the layers that can be shortened."""
+        mine = [(sum(map(sum, layer.kept)), layer.read) for layer in self.layers if layer.state != "left alone"]
+        held = sum(entries for entries, _ in mine)
+        return sum(entries * share for entries, share in mine) / held if held else 1.0
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
         from dataclasses import asdict
 
-        totals = ("bytes_full", "bytes_kept", "metadata", "residual", "seconds")
+        totals = ("bytes_full", "bytes_kept", "metadata", "residual", "seconds", "read")
         return {**asdict(self), "kept": self.kept, **{name: getattr(self, name) for name in totals}}
 
     def __str__(self) -> str:
@@ -88,7 +97,8 @@ class Report:
             f"{self.seconds * 1000:.0f} ms spent compressing",
             f"at most {self.peak:,} bytes held at once"
             + (f", {self.transient:,} more unpacked in a decoding step" if self.transient else "")
-            + (f"; the last decoding step took {self.step_seconds * 1000:.1f} ms" if self.step_seconds else ""),
+            + (f"; the last decoding step took {self.step_seconds * 1000:.1f} ms" if self.step_seconds else "")
+            + (f"; decoding steps read {self.read:.1%} of the entries" if self.read < 1 else ""),
             "layer  state       asked   kept a head (least-most)        bytes kept / full",
         ]
         for layer in self.layers:

@@ -4,8 +4,10 @@ Each need is a small frozen dataclass; `start` gives an observer, which the host
 policy observes. The attention function sees the rotated queries of every model family, so no need knows a model.
 
     Queries(last=64)      the last real queries of each row           -> QueryWindow
-    Received()            attention each key got from all queries     -> Tensor (b, h, n)
+    Probes(share=0.05)    a few queries that stand for a forward's    -> ProbeQueries
+    Received(decay=1.0)   attention each key got from all queries     -> Tensor (b, h, n)
     Moments(skip=4)       mean and covariance of unrotated queries    -> QueryMoments
+    ChannelMaxima()       largest queries and keys, by channel        -> Maxima
     Rotation()            the model's rotary position embedding       -> Rotary
     Projection()          the layer's output projection               -> OutputWeight
     EveryLayer()          the scores of all layers, before any is cut -> LayerScores
@@ -18,6 +20,7 @@ A need may also say, as class attributes, what it takes from the host:
     everywhere = True     that no layer is cut before all have their scores
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol, runtime_checkable
@@ -170,38 +173,95 @@ class _QueryObserver:
 
 
 @dataclass(frozen=True)
-class Received:
-    """Attention each key received, summed over all real queries so far and over the heads that share it."""
+class ProbeQueries:
+    """Queries that stand for all real ones of the latest forward, of which each row had `among`."""
 
-    key_bytes = 4  # float32, for as long as the key is kept
+    window: QueryWindow
+    among: Int[Tensor, " b"]
+
+
+@dataclass(frozen=True)
+class Probes:
+    """Of the latest forward the last `share` of each row's real queries, and as many drawn at random from the others.
+
+    The last share is rounded up and the drawn one down; none is drawn twice. A row's draw depends on `seed`, the layer
+    and how many queries the row has, so batches and padding do not change it. A single query is its own probe.
+    """
+
+    share: float = 0.05
+    seed: int = 0
+
+    key_bytes = 0
 
     def start(self) -> "Observer":
-        return _ReceivedObserver()
+        return _ProbesObserver(self.share, self.seed)
 
 
-class _ReceivedObserver:
+class _ProbesObserver:
+    lasting = False
+
+    def __init__(self, share: float, seed: int) -> None:
+        self.share, self.seed = share, seed
+        self.found: ProbeQueries | None = None
+
+    def observe(self, step: Step) -> None:
+        q, among = step.query.shape[2], (~step.padding).sum(1)
+        order = (~step.padding).to(torch.int8).argsort(dim=1, stable=True)  # each row's real queries at the end
+        picked = [q - n + self._pick(n, step.place) for n in among.tolist()]
+        width = max(len(row) for row in picked)
+        places = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0), value=-1) for row in picked])
+        places = places.to(order.device)
+        padding = places < 0
+        at = order.gather(1, places.clamp(min=0))
+        query = step.query.gather(2, at[:, None, :, None].expand(-1, step.query.shape[1], -1, step.query.shape[3]))
+        window = QueryWindow(query, step.positions.gather(1, at), padding, step.scaling, step.softcap)
+        self.found = ProbeQueries(window, among)
+
+    def _pick(self, n: int, place: int) -> Tensor:
+        last = math.ceil(self.share * n - 1e-9)
+        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + place)
+        drawn = torch.randperm(n - last, generator=draw)[: int(self.share * n + 1e-9)]
+        return torch.cat([drawn.sort().values, torch.arange(n - last, n)])
+
+    def value(self) -> ProbeQueries | None:
+        return self.found
+
+    def regather(self, index: Tensor) -> None:
+        self.found = None  # what they were gathered for is done
+
+    def rows(self, index: Tensor) -> None:
+        if (f := self.found) is not None:
+            w = f.window
+            window = QueryWindow(w.query[index], w.positions[index], w.padding[index], w.scaling, w.softcap)
+            self.found = ProbeQueries(window, f.among[index])
+
+    @property
+    def nbytes(self) -> int:
+        if (f := self.found) is None:
+            return 0
+        return f.window.query.nbytes + f.window.positions.nbytes + f.window.padding.nbytes + f.among.nbytes
+
+
+class PerKey:
+    """Base of observers that keep a number for each key, for as long as the key is kept."""
+
     lasting = True
 
     def __init__(self) -> None:
-        self.total: Tensor | None = None  # (b, h, n), or what is not empty of it where `counts` says so
-        self.counts: list[list[int]] = []
+        self._numbers: Tensor | None = None  # (b, h, n), or what is not empty of it where `_counts` says so
+        self._counts: list[list[int]] = []
 
-    def observe(self, step: Step) -> None:
-        from fewer.score.attention import received  # score reads QueryWindow from here, so not importable above
-
-        keys, positions, padding = step.dense()
-        new = received(step, keys, positions, padding)
-        if (old := self.value()) is not None:
-            new[..., : old.shape[-1]] += old  # keys only ever grow at the end between two gathers
-        self.total, self.counts = new, []
+    def put(self, numbers: Float[Tensor, "b h n"]) -> None:
+        """The numbers of all keys, in the layer's order, new ones last."""
+        self._numbers, self._counts = numbers, []
 
     def value(self) -> Tensor | None:
-        if self.total is None or not self.counts:
-            return self.total
-        counts = torch.tensor(self.counts, device=self.total.device).unsqueeze(-1)  # (b, h, 1)
+        if self._numbers is None or not self._counts:
+            return self._numbers
+        counts = torch.tensor(self._counts, device=self._numbers.device).unsqueeze(-1)  # (b, h, 1)
         longest = int(counts.max())
         there = torch.arange(longest, device=counts.device) >= longest - counts
-        return self.total.new_zeros(there.shape).masked_scatter(there, self.total)
+        return self._numbers.new_zeros(there.shape).masked_scatter(there, self._numbers)
 
     def regather(self, index: Tensor) -> None:
         if (old := self.value()) is not None:
@@ -210,15 +270,46 @@ class _ReceivedObserver:
             new = torch.where(known, old.gather(-1, index.clamp(0, width - 1)), 0.0)
             # as the keys themselves: heads that keep few cost few
             aligned = not bool((there[..., :-1] & ~there[..., 1:]).any())
-            self.total, self.counts = (new[there], there.sum(-1).tolist()) if aligned else (new, [])
+            self._numbers, self._counts = (new[there], there.sum(-1).tolist()) if aligned else (new, [])
 
     def rows(self, index: Tensor) -> None:
         if (old := self.value()) is not None:
-            self.total, self.counts = old[index], []
+            self.put(old[index])
 
     @property
     def nbytes(self) -> int:
-        return 0 if self.total is None else self.total.nbytes
+        return 0 if self._numbers is None else self._numbers.nbytes
+
+
+@dataclass(frozen=True)
+class Received:
+    """Attention each key received, summed over all real queries so far and over the heads that share it.
+
+    What a query paid is multiplied by `decay` for every real query of its row after it; 1 forgets nothing.
+    """
+
+    decay: float = 1.0
+
+    key_bytes = 4  # float32, for as long as the key is kept
+
+    def start(self) -> "Observer":
+        return _ReceivedObserver(self.decay)
+
+
+class _ReceivedObserver(PerKey):
+    def __init__(self, decay: float) -> None:
+        super().__init__()
+        self.decay = decay
+
+    def observe(self, step: Step) -> None:
+        from fewer.score.attention import received  # score reads QueryWindow from here, so not importable above
+
+        keys, positions, padding = step.dense()
+        new = received(step, keys, positions, padding, self.decay)
+        if (old := self.value()) is not None:
+            aged = self.decay ** (~step.padding).sum(1)[:, None, None]  # by as many real queries as the row has new
+            new[..., : old.shape[-1]] += old * aged  # keys only ever grow at the end between two gathers
+        self.put(new)
 
 
 @dataclass(frozen=True)
@@ -293,6 +384,56 @@ class _MomentsObserver:
     @property
     def nbytes(self) -> int:
         return self.n.nbytes + self.mean.nbytes + self.spread.nbytes + self.upcoming.nbytes
+
+
+@dataclass(frozen=True)
+class Maxima:
+    """The largest size of each channel, over a row's prompts; of queries also over the heads that share a key."""
+
+    query: Float[Tensor, "b h d"]
+    key: Float[Tensor, "b h d"]
+
+
+@dataclass(frozen=True)
+class ChannelMaxima:
+    """The largest size of each channel of rotated queries and keys. Decoding single tokens does not move it."""
+
+    key_bytes = 0
+
+    def start(self) -> "Observer":
+        return _MaximaObserver()
+
+
+class _MaximaObserver:
+    lasting = True
+
+    def __init__(self) -> None:
+        self.found: Maxima | None = None
+
+    def observe(self, step: Step) -> None:
+        if self.found is not None and step.query.shape[2] == 1:
+            return
+        keys, _, padding = step.dense()
+        b, h, _, d = keys.shape
+        key = blank(keys, padding).abs().amax(2).float()
+        query = blank(step.query, step.padding.unsqueeze(1)).abs().amax(2).view(b, h, -1, d).amax(2).float()
+        if (old := self.found) is not None:
+            query, key = torch.maximum(query, old.query), torch.maximum(key, old.key)
+        self.found = Maxima(query, key)
+
+    def value(self) -> Maxima | None:
+        return self.found
+
+    def regather(self, index: Tensor) -> None:
+        pass
+
+    def rows(self, index: Tensor) -> None:
+        if (found := self.found) is not None:
+            self.found = Maxima(found.query[index], found.key[index])
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.found is None else self.found.query.nbytes + self.found.key.nbytes
 
 
 @dataclass(frozen=True)

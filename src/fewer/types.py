@@ -272,11 +272,11 @@ class Plan:
         return torch.where(filled, x.gather(-2, index), 0)
 
     def apply(self, x: Float[Tensor, "*lead n d"]) -> Float[Tensor, "*lead k d"]:
-        """Fold all tokens into their slots, each with its weight."""
+        """Fold all tokens into their slots, each with its weight; sums are taken in float32."""
         into = torch.where(self.slot >= 0, self.slot, self.survivors.shape[-1])
-        out = x.new_zeros(*x.shape[:-2], self.survivors.shape[-1] + 1, x.shape[-1])
-        out.scatter_add_(-2, into.unsqueeze(-1).expand_as(x), x * self.weight.unsqueeze(-1).to(x.dtype))
-        return out[..., :-1, :]
+        out = torch.zeros(*x.shape[:-2], self.survivors.shape[-1] + 1, x.shape[-1], device=x.device)
+        out.scatter_add_(-2, into.unsqueeze(-1).expand_as(x), x.float() * self.weight.unsqueeze(-1))
+        return out[..., :-1, :].to(x.dtype)
 
     def restore(self, y: Float[Tensor, "*lead k d"], how: str = "copy") -> Float[Tensor, "*lead n d"]:
         """Back to the original length; see `fewer.restore` for the ways."""

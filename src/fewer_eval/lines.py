@@ -15,6 +15,8 @@ from fewer_eval.schema import Question, Row
 DASH = "\u2013"
 MB = 1e6
 ASKED: tuple[Question, ...] = ("unseen", "seen")
+YARDSTICKS = ("full", "random", "uniform")
+"""In every comparison, for the others to be held against."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,10 +81,10 @@ def quality_of(line: Line) -> float:
 
 
 def best_of(lines: Iterable[Line]) -> dict[str, list[Line]]:
-    """The top methods of each budget; full and random are yardsticks, so they do not compete."""
+    """The top methods of each budget; yardsticks do not compete."""
     result: dict[str, list[Line]] = {}
     for line in lines:
-        if line.method in ("full", "random") or quality_of(line) < 0:
+        if line.method in YARDSTICKS or quality_of(line) < 0:
             continue
         top = result.setdefault(line.keep, [])
         if not top or quality_of(line) == quality_of(top[0]):

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from fewer_eval.lines import MB, Line, lines_of
+from fewer_eval.lines import MB, YARDSTICKS, Line, lines_of
 from fewer_eval.schema import Question, Row
 
 # Readable on white and on near-black (contrast 3 or more), and told apart under red and green blindness; as markers
@@ -62,10 +62,11 @@ def picture(rows: Sequence[Row]) -> str:
     if not panels:
         raise ValueError("nothing to draw: no quality and no KL was measured on every task of its kind")
     methods = list(dict.fromkeys(line.method for line in lines))
-    named = sorted(set(methods) - {"full", "random"})
+    named = sorted(set(methods) - set(YARDSTICKS))
     looks = {name: _look(i) for i, name in enumerate(named)} | {
         "full": {"color": INK, "linestyle": "--", "marker": "*", "markersize": 8},
         "random": {"color": GREY, "linestyle": ":", "marker": "x", "markersize": 5},
+        "uniform": {"color": GREY, "linestyle": "-.", "marker": "+", "markersize": 6},
     }
     with rc_context({**PICTURE_STYLE, "svg.hashsalt": "fewer quality"}):
         figure = Figure(figsize=(10.4, 3.7 + 0.2 * math.ceil(len(methods) / 6)), layout="constrained")

@@ -66,7 +66,7 @@ def summary(rows: Sequence[Row]) -> str:
         for keep, group in groupby(losers_of(lines), key=lambda line: line.keep)
     ]
     second = f"Worse than random selection: {'; '.join(lost)}" if lost else "No method falls below random selection"
-    unknown = [keep for keep in best if keep not in random]
+    unknown = [keep for keep in best if keep not in random and keep != "1.0"]  # where everything stays
     if unknown and not random:
         second = "Random selection was not measured, so no method can be held against it"
     elif unknown:

@@ -1,5 +1,6 @@
 """The shared prefill of a comparison gives what compressing in line gives; rows come out whole and in range."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ from transformers import AutoTokenizer
 
 import fewer
 from fewer import METHODS
-from fewer_eval.runner import _common, _until, _Watch, compare
+from fewer.fit import wants
+from fewer.methods.kv.kivi import KIVI
+from fewer_eval.runner import _Case, _common, _until, _Watch, compare
 from fewer_eval.tasks import Example, Task
 from tests.front.tiny_files import save
 from tests.tiny import prompt, tiny
@@ -28,20 +31,30 @@ TEXT = Task(
 )
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "full"])
+SHARED = [name for name, cls in METHODS.items() if name != "full" and not wants(cls) and not _Case.of(name, 0.6).alone]
+"""Without those that want a fit of the model; they differ from their relatives in what they read only."""
+
+
+@pytest.mark.parametrize("name", [*SHARED, "snapkv+kivi-4bit"])
 def test_under_a_shared_prefill_is_compressing_in_line(name: str) -> None:
-    model, ids, more = tiny("llama"), prompt(150), prompt(7, seed=1)
-    needs = frozenset(need for cls in METHODS.values() for need in cls().needs)
+    model, ids, more = tiny("llama", num_hidden_layers=4), prompt(150), prompt(7, seed=1)
+    needs = frozenset(need for shared in SHARED for need in METHODS[shared]().needs)
+    case = _Case.of(name, 0.6)
+    if case.store is not None or "bits" in vars(case.method):  # heads of 16 features
+        case = replace(case, store=case.store and KIVI(group=16, residual=32))
+        case = replace(case, method=replace(case.method, group=16)) if hasattr(case.method, "group") else case
     with torch.inference_mode(), fewer.Cache(model, _Watch(needs), 1.0) as full:
         model(ids, past_key_values=full)
-        shared = full.under(name, 0.6)
+        shared = full.under(case.method, case.keep, store=case.store)
         got = model(more, past_key_values=shared).logits
-        with fewer.Cache(model, name, 0.6) as own:
+        with fewer.Cache(model, case.method, case.keep, store=case.store) as own:
             model(ids, past_key_values=own)
             own.freeze()
             want = model(more, past_key_values=own).logits
+    assert shared.report.bytes_full == own.report.bytes_full
     for a, b in zip(shared.layers, own.layers, strict=True):
-        assert torch.equal(a.kept.positions, b.kept.positions)
+        assert torch.equal(a.packed().positions, b.packed().positions)
+        assert [part.nbytes for part in a.parts] == [part.nbytes for part in b.parts]
     assert torch.allclose(got, want, atol=1e-4)
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from fewer import METHODS, cli
+from fewer import fit as fits
+from fewer.methods import name_of
 from fewer_eval import report
 from tests.front.tiny_files import save
 
@@ -161,3 +163,70 @@ def test_a_file_that_is_not_text_is_refused(fewer, tmp_path: Path) -> None:
     code, _, err = fewer("generate", "--file", str(tmp_path / "picture"))
     assert code == 2
     assert "is not UTF-8 text (byte 0)" in " ".join(err.split())
+
+
+# --- fits ---
+
+
+@pytest.fixture(scope="module")
+def fitted(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("fits") / "kvzap.safetensors"
+    with pytest.MonkeyPatch.context() as patch:
+        (path.parent / "text").write_text("Some words to fit on. " * 40)
+        patch.setattr(
+            "sys.argv",
+            [
+                "fewer", "fit", "kvzap", "--model", model, "--out", str(path),
+                "--data", str(path.parent / "text"), "--tokens", "400", "--length", "100",
+            ],
+        )  # fmt: skip
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+    assert not left.value.code
+    return str(path)
+
+
+def test_fit_writes_a_file_and_says_how_good_it_is(fewer, model: str, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("Some words to fit on. " * 40)
+    words = ("fit", "kvzap", "--model", model, "--data", str(tmp_path / "text"), "--tokens", "300", "--length", "100")
+    code, out, _ = fewer(*words, "--out", str(tmp_path / "a.safetensors"))
+    assert code == 0
+    assert "R2 on held-out tokens" in out and "3 contexts" in out
+    code, out, _ = fewer(*words, "--out", str(tmp_path / "b.safetensors"), "--json")
+    said = json.loads(out.splitlines()[-1])
+    assert code == 0 and set(said) == {"out", "method", "model", "notes"} and said["method"] == "kvzap"
+    assert fits.load(tmp_path / "a.safetensors") == fits.load(tmp_path / "b.safetensors", "kvzap")
+
+
+def test_generate_and_compare_take_a_fit(fewer, model: str, fitted: str, own: str, tmp_path: Path) -> None:
+    code, out, _ = fewer(
+        "generate", "a" * 100, "--model", model, "--method", "kvzap", "--fit", fitted, "--keep", "0.5",
+        "--max-new-tokens", "2", "--json",
+    )  # fmt: skip
+    assert code == 0
+    assert sum(sum(layer["kept"][0]) for layer in json.loads(out)["report"]["layers"]) == 6 * 51
+    code, out, _ = fewer(
+        "compare", "--model", model, "--data", own, "--methods", "kvzap,kvzip,knorm", "--keep", "0.5", "--fit", fitted,
+        "--samples", "1", "--out", str(tmp_path / "out"), "--json",
+    )  # fmt: skip
+    assert code == 0
+    assert {row["method"] for row in json.loads(out.splitlines()[-1])["rows"]} == {"full", "kvzap", "kvzip", "knorm"}
+
+
+def test_a_fit_is_asked_for_in_one_line(fewer, model: str, fitted: str, tmp_path: Path) -> None:
+    for words, message in (
+        (("generate", "x", "--model", model, "--method", "kvzap"), "has to be fitted to the model first"),
+        (("generate", "x", "--method", "knorm", "--fit", fitted), "--fit was given for kvzap"),
+        (("generate", "x", "--method", "kvzap", "--fit", "nowhere"), "the fit cannot be read"),
+        (("fit", "knorm", "--out", str(tmp_path / "f")), "knorm needs no fit; methods that want one are"),
+        (("fit", "kvzap", "--out", str(tmp_path / "no/f")), "there is no folder"),
+        (("fit", "kvzap", "--out", str(tmp_path / "f"), "--data", "nowhere"), "--data nowhere"),
+    ):
+        code, out, err = fewer(*words)
+        assert (code, out) == (2, "") and message in " ".join(err.split())
+
+
+def test_all_methods_are_those_that_can_run(monkeypatch: pytest.MonkeyPatch, fitted: str) -> None:
+    without = cli._fitted(["all"], None)
+    assert "kvzap" not in map(name_of, without) and len(without) == sum(not fits.wants(m) for m in METHODS.values())
+    assert "kvzap" in map(name_of, cli._fitted(["all"], [Path(fitted)]))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fewer.compress import step
 from fewer.types import Budget, Method, Plan, Site, Tokens
+from tests.gather import together
 from tests.laws.scene import KV_HEADS, rows, scene
 
 LENGTHS = (90, 131, 200)
@@ -28,10 +29,9 @@ def decide(method: Method, tokens: Tokens, keep: float | int = KEEP) -> Plan:
 def kept_count_is_exact(method: Method) -> None:
     layers = 4
     for n in LENGTHS:
-        total = 0
-        for layer in range(layers):
-            tokens = scene(method, rows([n], seed=layer), site=Site(layer, layers))
-            budget = Budget.parse(KEEP)
+        total, budget = 0, Budget.parse(KEEP)
+        places = [scene(method, rows([n], seed=layer), site=Site(layer, layers)) for layer in range(layers)]
+        for tokens in together(method, places):
             scores = torch.where(tokens.padding, -torch.inf, method.score(tokens))
             asked = method.allocate(tokens, scores, budget).counts
             plan = method.reduce(tokens, scores, method.allocate(tokens, scores, budget))

@@ -1,12 +1,19 @@
 """Random places for methods to decide at: keys, values, padding and every signal, gathered as a host gathers them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fewer.fit import Fit, wants
+from fewer.methods import METHODS, resolve
 from fewer.signals import Step
 from fewer.types import Method, Site, Tokens
+from tests import gather
+from tests.tiny import prompt, tiny
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
 HERE = Site()
@@ -58,13 +65,41 @@ def scene(
     query, keys, values = query.to(dtype), keys.to(dtype), values.to(dtype)
     wide = padding.unsqueeze(1).expand(-1, KV_HEADS, -1)
     positions = places.clamp(min=-1).unsqueeze(1).expand(-1, KV_HEADS, -1)
-    shown = Step(query, places.clamp(min=0), padding, lambda: (keys, positions, wide), DIM**-0.5, None, PlainRotary())
-    signals = {}
-    for need in method.needs:
-        observer = need.start()
+    shown = Step(
+        query, places.clamp(min=0), padding, lambda: (keys, positions, wide), DIM**-0.5, None, PlainRotary(),
+        hidden=query.transpose(1, 2).flatten(2),
+        output=lambda: torch.randn(HEADS, DIM, HEADS * DIM, generator=torch.Generator().manual_seed(7)),
+    )  # fmt: skip
+    observers = {need: need.start() for need in method.needs}
+    for observer in observers.values():
         observer.observe(shown)
-        signals[type(need)] = observer.value()
+    gather.probe(observers, shown)
+    signals = {type(need): observer.value() for need, observer in observers.items()}
     protected = torch.zeros_like(wide)
     for position in protect:
         protected = protected | (positions == position)
-    return Tokens(keys, positions, wide, protected, seen, values, signals, site)
+    tokens = Tokens(keys, positions, wide, protected, seen, values, signals, site)
+    return gather.together(method, [tokens])[0]
+
+
+BY_HAND: dict[str, dict[str, Tensor]] = {
+    "compresskv": {
+        "heads": torch.tensor([[0.1, 0.4, 0.3, 0.2], [0.5, 0.1, 0.2, 0.0], [0.0, 0.2, 0.1, 0.3], [0.2, 0.1, 0.4, 0.3]]),
+        "errors": torch.tensor([0.4, 0.1, 0.2, 0.3]),
+    }
+}
+"""Fits, for four layers, of methods that only a model that answers questions can be fitted to."""
+
+
+@cache
+def fitted(name: str) -> Method:
+    """The method of that name, with a fit to a tiny model of these sizes where it wants one."""
+    made = resolve(name)
+    if not wants(made):
+        return made
+    if name in BY_HAND:
+        return replace(made, fit=Fit(name, "", BY_HAND[name]))  # type: ignore[type-var]
+    sizes = {"hidden_size": HEADS * DIM, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS}
+    model = tiny("llama", num_hidden_layers=4, **sizes)
+    known: Any = METHODS[name]
+    return replace(known(), fit=known.fit_to(model, [prompt(64), prompt(64, seed=1)], seed=0))

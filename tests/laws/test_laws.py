@@ -12,12 +12,13 @@ from fewer import METHODS
 from fewer.methods import resolve
 from fewer.types import Allocation, Budget, Method, Plan, Tokens
 from tests.laws.battery import LAWS
+from tests.laws.scene import fitted
 
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("law", LAWS)
 def test_methods_obey(law: str, name: str) -> None:
-    LAWS[law](resolve(name))
+    LAWS[law](fitted(name))
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fewer.types
-from fewer.signals import Queries, QueryWindow, Received
 from fewer.report import LayerReport, Report
+from fewer.signals import Queries, QueryWindow, Received
 from fewer.types import (
     Budget,
     BudgetError,
@@ -409,7 +409,7 @@ def report() -> Report:
         LayerReport(1, "whole", (10, 8), (), ((10, 10), (8, 8)), 1000, 1000, 0, 0.0),
         LayerReport(2, "left alone", (10, 8), (), (), 400, 400, 0, 0.0),
     )
-    return Report("snapkv", 0.5, layers, ("a remark",))
+    return Report("snapkv", 0.5, layers, ("a remark",), peak=2300, transient=64, step_seconds=0.0125)
 
 
 def test_a_report_adds_up() -> None:
@@ -426,4 +426,6 @@ def test_a_report_reads_well() -> None:
     text = str(report())
     assert text.startswith("snapkv keep=0.5: kept 75.0% of the entries, 1,900 of 2,400 bytes (20 of them metadata)")
     assert text.endswith("note: a remark")
-    assert len(text.splitlines()) == 2 + 3 + 1
+    held = "at most 2,300 bytes held at once, 64 more unpacked in a decoding step; the last decoding step took 12.5 ms"
+    assert text.splitlines()[1] == held
+    assert len(text.splitlines()) == 3 + 3 + 1

@@ -98,10 +98,15 @@ class Host:
                 f"{name} runs attention by {backend!r}; load it with attn_implementation='sdpa' (or 'eager')"
             )
         attentions = tuple(sorted(attentions, key=lambda m: int(str(m.layer_idx))))
-        kinds = cls(model, config, attentions, None).plain_layers()
+        plain = cls(model, config, attentions, None)
+        kinds = plain.plain_layers()
         first = next((m for m, ours in zip(attentions, kinds, strict=True) if ours), attentions[0])
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return cls(model, config, attentions, find(model, first, head_dim))
+        return cls(model, config, attentions, find(model, first, plain.head_dim))
+
+    @property
+    def head_dim(self) -> int:
+        """Features of a key."""
+        return int(getattr(self.config, "head_dim", 0) or self.config.hidden_size // self.config.num_attention_heads)
 
     def layers(self) -> list[Any]:
         """Fresh cache layers of the kinds transformers itself would use."""
@@ -121,6 +126,10 @@ class Host:
     def gives(self, method: Method) -> None:
         """Raise `MissingSignal` if the method needs what this model does not have, `FewerError` if it is not fitted."""
         fit.check(method, self.model)
+        if getattr(method, "shortens", None) is not None:
+            from fewer.adapters import hf_shorten  # which builds on this file
+
+            hf_shorten.check(self, method)
         for need in method.needs:
             if isinstance(need, ROTARY_NEEDS) and self.rotary is None:
                 raise MissingSignal(
@@ -173,6 +182,10 @@ class Attachment:
             from fewer.adapters.hf_probe import after_forward  # which builds on this file
 
             self.hooks.append(host.model.register_forward_hook(after_forward, with_kwargs=True))
+        if getattr(method, "shortens", None) is not None:
+            from fewer.adapters import hf_shorten  # which builds on this file
+
+            self.hooks += hf_shorten.hooks(host)
         self.configs = {id(c): c for c in [host.config, *(m.config for m in host.attentions)]}
         backend = host.config._attn_implementation.removeprefix("fewer_")
         name = f"fewer_{backend}"

@@ -16,7 +16,7 @@ from weakref import WeakSet, finalize
 import torch
 from transformers import PreTrainedModel, cache_utils
 
-from fewer.adapters import hf_save
+from fewer.adapters import hf_save, hf_shorten
 from fewer.adapters.hf_bind import Host
 from fewer.adapters.hf_layer import Layer, compress
 from fewer.adapters.hf_policy import Policy, Shared
@@ -95,6 +95,9 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
 
     def _fill(self, host: Host, policy: Policy) -> None:
         host.gives(policy.method)
+        for store in policy.stores:
+            if store is not None:
+                store.check(host.head_dim, getattr(host.config, "v_head_dim", None) or host.head_dim)
         layers, ours = host.layers(), host.plain_layers()
         self.shared = Shared(host, policy, sum(ours))
         place = 0
@@ -109,6 +112,8 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
             )
         if place < len(layers):
             self.shared.notes.append(f"{len(layers) - place} sliding-window layers are left alone")
+        if getattr(policy.method, "shortens", None) is not None:
+            self.shared.notes.append(hf_shorten.prepare(host, policy.method, layers))
         super().__init__(layers=layers)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # its books are Python; the layers around it compile
@@ -118,6 +123,8 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
                 "an earlier forward with this cache failed half way, so that some layers have read tokens which "
                 "others have not; make the cache anew"
             )
+        if layer_idx == 0:
+            self.shared.passed = None  # of a forward that failed
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Cache":
@@ -182,6 +189,11 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         For comparisons: one prefill with a method that keeps everything and gathers what all of them need serves all.
         """
         policy = Policy.of(resolve(method), Budget.parse(keep), store=resolve_store(store))
+        if getattr(policy.method, "shortens", None) is not None:
+            raise FewerError(
+                f"{type(policy.method).__name__} shortens a prompt while it is read, so it cannot be tried on a cache "
+                f"that was read already; make a cache with it"
+            )
         other = Cache.within(self.shared.host, policy)
         mine = self.shared.members
         other._adopt([layer.fork(other.shared) if isinstance(layer, Layer) else copy(layer) for layer in self.layers])
@@ -283,8 +295,8 @@ def session(model: Any, policy: Policy) -> Iterator[Run]:
     if model in _in_use:
         raise FewerError(f"this {type(model).__name__} is inside fewer.compress already; leave that context first")
     _in_use.add(model)
+    handle = model.register_forward_pre_hook(run.hook, with_kwargs=True)  # first, so that others see its cache
     attachment = host.attach(policy.method)
-    handle = model.register_forward_pre_hook(run.hook, with_kwargs=True)
     try:
         yield run
     finally:

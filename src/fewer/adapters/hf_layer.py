@@ -6,7 +6,7 @@ model forward -> Layer.update (stores, marks) -> attention function -> Layer.att
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from typing import Any, Literal
@@ -18,7 +18,9 @@ from transformers import cache_utils
 from fewer import attention
 from fewer.adapters.hf_bind import MARK
 from fewer.adapters.hf_policy import Policy, Shared
-from fewer.codec import PairCodec
+from fewer.adapters.hf_read import read
+from fewer.adapters.hf_shorten import Passed, pass_on
+from fewer.codec import PairCodec, joined, unpacked
 from fewer.compress import rate, settle
 from fewer.ragged import Dense, Part, Ragged, even, runs
 from fewer.report import LayerReport
@@ -52,6 +54,7 @@ class Layer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.coded: tuple[Part, ...] = ()
         self.kept: Ragged | None = None
         self.hidden: Tensor | None = None  # (b, t): padding in the tail
+        self.positions: Tensor | None = None  # (b, t): of the tail, until it is packed, where tokens are missing in it
         self.length = 0  # columns so far, padding included: what the model counts
         self.real: list[int] = []  # real tokens of each row so far
         self.asked: tuple[int, ...] = ()
@@ -59,6 +62,7 @@ class Layer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.pending = False
         self.due: Phase | None = None  # a compression that waits for the end of the forward
         self.seconds = 0.0
+        self.reads = (0, 0)  # of all entries held in decoding steps, those that were read; where not all are
         self._held = 0  # bytes, as last counted
         self.observers: dict[Any, Observer] = {}
         self.watched: dict[Any, float] = {}  # seconds spent on each need
@@ -204,10 +208,16 @@ class Layer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
             if last:
                 shared.forget()
             return out
-        phase = shared.phase(q, self.length)
-        self._count(shared.padding(mask, b, q), b, q)
+        passed = shared.passed
+        phase = shared.phase(q if passed is None else passed.total, self.length)
+        if passed is None:
+            self._count(shared.padding(mask, b, q), b, q)
+        else:
+            self._count_passed(passed, b, q)
         if policy.covers(phase) and not shared.frozen:
             self._observe(query, scaling, softcap)
+            if phase == "prefill" and passed is None:
+                pass_on(self, shared.padding(mask, b, q), q)
             self.since = 0 if phase == "prefill" else self.since + 1
             if phase == "prefill" or self.since >= policy.every:
                 self.since = 0
@@ -235,12 +245,14 @@ class Layer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
         softcap: float | None,
         kwargs: dict[str, Any],
     ) -> tuple[Tensor, Tensor | None]:
-        parts = self.parts
-        if not parts:
+        parts, chosen = self.parts, read(self, query, key, value, mask, scaling, softcap)
+        if not parts and chosen is None:
             capped = {} if softcap is None else {"softcap": softcap}
             return own(query, key, value, mask, scaling=scaling, **capped, **kwargs)
         if kwargs.get("dropout"):
             raise FewerError("a compressed cache is for inference: call model.eval() first")
+        if chosen is not None:
+            return chosen, None
         tail = None if mask is None else mask[..., -key.shape[2] :]
         if self.coded and query.shape[2] == 1:
             self.shared.transient = max(self.shared.transient, self._unpacked(key, value))
@@ -249,12 +261,8 @@ class Layer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def _unpacked(self, key: Tensor, value: Tensor) -> int:
         """Most bytes that attention holds unpacked at once: the keys, or the values, of one part of one product."""
-        tokens = 0
-        for part in self.coded:
-            if even(self.parts):
-                tokens = max(tokens, sum(sum(row) for row in part.counts))
-            else:
-                tokens = max(tokens, *(sum(part.counts[row][heads]) for row, heads in runs(self.parts)))
+        products = [(None, slice(None))] if even(self.parts) else runs(self.parts)
+        tokens = max(unpacked(part, row, heads) for part in self.coded for row, heads in products)
         return tokens * max(key.shape[-1], value.shape[-1]) * key.element_size()
 
     def _count(self, new: Tensor | None, b: int, q: int) -> None:
@@ -267,6 +275,22 @@ class Layer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
         new = torch.zeros(b, q, dtype=torch.bool, device=self.device) if new is None else new
         self.hidden = torch.cat([old if self.hidden is None else self.hidden, new], dim=1)
         self.real = [real + int(count) for real, count in zip(self.real, (~new).sum(1), strict=True)]
+
+    def _count_passed(self, passed: Passed, b: int, q: int) -> None:
+        """Take in the tokens of a forward that went on to this layer; the others count as read, and leave gaps."""
+        if q != passed.columns.shape[1]:
+            raise UnsupportedModel(
+                f"layer {self.index} was given {q} tokens, and {passed.columns.shape[1]} of {passed.total} go on: "
+                f"keep the cache that shortens the prompt attached while it is read"
+            )
+        old = self.keys.shape[2] - q
+        hidden = torch.zeros(b, old, dtype=torch.bool, device=self.device) if self.hidden is None else self.hidden
+        real = torch.tensor(self.real, device=self.device).unsqueeze(1)
+        new = (real + passed.ranks).masked_fill(passed.padding, -1)
+        self.positions = torch.cat([self._places(hidden), new], dim=1)
+        self.hidden = torch.cat([hidden, passed.padding], dim=1)
+        self.length += passed.total
+        self.real = [real + count for real, count in zip(self.real, passed.new, strict=True)]
 
     # --- observing and compressing ---
 
@@ -321,21 +345,26 @@ class Layer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
         hidden = self.hidden
         if hidden is None:
             hidden = torch.zeros(b, t, dtype=torch.bool, device=self.device)
-        # counted backwards from the row's last real token, since what came before the tail may have been dropped
+        return self._places(hidden) if self.positions is None else self.positions, hidden
+
+    def _places(self, hidden: Tensor) -> Tensor:
+        """Positions of a tail without gaps, counted backwards from the row's last real token, since what came before
+        the tail may have been dropped."""
         real = torch.tensor(self.real, device=self.device).unsqueeze(1)
-        return (real - (~hidden).flip(1).cumsum(1).flip(1)).masked_fill(hidden, -1), hidden
+        return (real - (~hidden).flip(1).cumsum(1).flip(1)).masked_fill(hidden, -1)
 
     @property
     def parts(self) -> tuple[Part, ...]:
         """What is held apart from the tail."""
         return self.coded if self.kept is None else (*self.coded, self.kept)
 
-    def _dense(self) -> Dense:
-        """Everything held, as one rectangle in storage order: coded, kept, tail."""
+    def _dense(self, *, unpack: bool = True) -> Dense:
+        """Everything held, as one rectangle in storage order: coded (unless that is not to be unpacked), kept, tail."""
         b, h, t = self.keys.shape[:3]
         positions, hidden = (part.unsqueeze(1).expand(b, h, t) for part in self._tail())
         tail = Dense(self.keys, self.values, positions, positions, hidden)
-        return Dense.join([*(part.read().dense() for part in self.parts), tail])
+        parts = self.parts if unpack else self.parts[len(self.coded) :]
+        return Dense.join([*(part.read().dense() for part in parts), tail])
 
     def _dense_parts(self) -> tuple[Tensor, Tensor, Tensor]:
         dense = self._dense()
@@ -352,8 +381,8 @@ class Layer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
         dense = self._dense()
         b, h, n = dense.positions.shape
         order = torch.arange(n, device=self.device).expand(b, h, n)
-        if bool((dense.padding[..., 1:] & ~dense.padding[..., :-1]).any()) or (self.coded and self.kept is not None):
-            # padding between real tokens, or tokens out of order: what was coded need not be older than what was kept
+        if bool((dense.padding[..., 1:] & ~dense.padding[..., :-1]).any()) or len(self.parts) > 1:
+            # padding between real tokens, or tokens out of order: no part need be older than the next
             rank = torch.where(dense.padding, -1, dense.positions)
             order = rank.argsort(dim=-1, stable=True)
             dense = dense.take(order)
@@ -376,13 +405,26 @@ class Layer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
         )
         return tokens, dense, order
 
+    def _coded_columns(self) -> list[Tensor]:
+        """The columns `(b, h, columns)` of each part that is held packed, -1 where a head has fewer than others."""
+        found, start = [], 0
+        for part in self.coded:
+            counts = torch.tensor(part.counts, device=self.device).unsqueeze(-1)
+            end = start + int(counts.max())
+            columns = torch.arange(start, end, device=self.device)
+            found.append(torch.where(columns >= end - counts, columns, -1))
+            start = end
+        return found
+
     def cost(self, policy: Policy) -> Callable[[int], int]:
         """Bytes of so many tokens in all rows, heads and layers, with their metadata."""
         b, h, _, d = self.keys.shape
         e, size, places = self.values.shape[-1], self.keys.element_size(), b * h * self.shared.layers
         return lambda tokens: int(places * policy.bytes_for(tokens, d, e, size))
 
-    def _take(self, plan: Plan, dense: Dense, order: Tensor, budget: Budget) -> Tensor | None:
+    def _take(
+        self, plan: Plan, dense: Dense, order: Tensor, budget: Budget, signals: Mapping[type, Any]
+    ) -> Tensor | None:
         """Carry a plan out: pack the survivors, and let go of the rest. None if there was nothing to do, else where
         the columns of storage come from."""
         available = (~dense.padding).sum(-1)
@@ -392,18 +434,23 @@ class Layer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
         pairs = self.shared.policy.pairs
         joins = pairs is not None and any(self.place in couple for couple in pairs.couples(self.shared.layers))
         stays = not self.shared.policy.packs and not self.parts and plan.mass is None and not plan.folds and not joins
+        stays = stays and self.positions is None
         if stays and bool((plan.counts == available).all()):
             return None  # stay as transformers has it
-        return self._carry_out(plan, dense, order)
+        return self._carry_out(plan, dense, order, signals)
 
-    def _carry_out(self, plan: Plan, dense: Dense, order: Tensor) -> Tensor:
-        """Hold what the plan keeps, and nothing else; where the new columns of storage come from `(b, h, columns)`."""
+    def _carry_out(self, plan: Plan, dense: Dense, order: Tensor, signals: Mapping[type, Any] | None = None) -> Tensor:
+        """Hold what the plan keeps, and nothing else; where the new columns of storage come from `(b, h, columns)`.
+
+        A plan that names no tiers means the first. `signals` are what was gathered, by this layer if None.
+        """
         there = plan.survivors >= 0
         old = there & (order.gather(2, plan.survivors.clamp(min=0)) < self.fixed)  # held packed already, and left so
         chosen = dense.take(plan.survivors)
         if plan.folds:
-            if bool(old.any()):
-                raise FewerError("tokens cannot be merged into a cache that is held packed; merge before storing")
+            members = torch.zeros_like(plan.survivors).scatter_add(-1, plan.slot.clamp(min=0), (plan.slot >= 0).long())
+            if bool((old & (members > 1)).any()):
+                raise FewerError("tokens cannot be merged into ones that are held packed; merge before storing")
             chosen = replace(chosen, keys=plan.apply(dense.keys), values=plan.apply(dense.values))
         if plan.mass is not None:
             chosen = replace(chosen, mass=plan.mass.float())
@@ -416,38 +463,40 @@ class Layer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
                 raise FewerError("keys that are held packed cannot be moved to other positions")
             by = torch.where(there, plan.moved - chosen.placed, 0)
             chosen = replace(chosen, keys=rotary.turn(chosen.keys, by), placed=plan.moved)
-        layout = [torch.arange(self.fixed, device=self.device).expand(*order.shape[:2], -1)]
-        kept: Ragged | None = None
-        coded = list(self.coded)
+        layout = self._coded_columns()
+        coded, came = list(self.coded), order.gather(2, plan.survivors.clamp(min=0))
+        new = plain = there & ~old  # what is left in `plain` is held in full precision, of whatever tier
         for tier, store in enumerate(self.shared.policy.stores):
-            mine = there & ~old if plan.tier is None else there & ~old & (plan.tier == tier)
-            packed = Ragged.pack(replace(chosen, padding=~mine), moved=moved)
-            came = order.gather(2, plan.survivors.clamp(min=0)).masked_fill(~mine, -1)
-            if store is None:
-                kept, rest = packed, came
-            else:
-                store.check(self.keys.shape[-1], self.values.shape[-1])
-                whole, waiting = packed.cut(store.block)
+            if store is None or (plan.tier is None and tier):
+                continue
+            mine = new if plan.tier is None else new & (plan.tier == tier)
+            store.check(self.keys.shape[-1], self.values.shape[-1])
+            whole, _ = Ragged.pack(replace(chosen, padding=~mine), moved=moved).cut(store.block)
+            if len(whole.positions):
                 counts = torch.tensor(whole.counts, device=self.device).unsqueeze(-1)
                 first = mine & (mine.cumsum(-1) <= counts)
-                if len(whole.positions):
-                    phase = self.due or "decode"
-                    coded.append(store.encode(whole, phase, {type(n): o.value() for n, o in self.observers.items()}))
-                    layout.append(_right_aligned(came.masked_fill(~first, -1)))
-                if store.block > 1 or plan.tier is None:
-                    kept, rest = waiting, came.masked_fill(first, -1)
-        self.coded = tuple(coded)
-        if kept is not None and (len(kept.positions) or not coded):
-            self.kept = kept
-            layout.append(_right_aligned(rest))
-        else:
-            self.kept = None
+                if signals is None:
+                    signals = {type(need): observer.value() for need, observer in self.observers.items()}
+                part, columns = store.encode(whole, self.due or "decode", signals), came.masked_fill(~first, -1)
+                for at in reversed(range(len(coded))):  # each tier goes on in a part of its own
+                    if (both := joined(coded[: at + 1], part)) is not None:
+                        coded[at], layout[at] = both, _right_aligned(torch.cat([layout[at], columns], -1))
+                        break
+                else:
+                    coded.append(part)
+                    layout.append(_right_aligned(columns))
+                plain = plain & ~first
+        self.coded, self.kept = tuple(coded), None
+        if bool(plain.any()) or not coded:
+            self.kept = Ragged.pack(replace(chosen, padding=~plain), moved=moved)
+            layout.append(_right_aligned(came.masked_fill(~plain, -1)))
         # empty tensors of their own: a slice would hold the whole prompt's keys
         self.keys, self.values = self.keys[:, :, :0].clone(), self.values[:, :, :0].clone()
-        self.hidden = None
+        self.hidden = self.positions = None
         self._weigh()
         return torch.cat(layout, -1)
 
+    @torch.no_grad()
     def _pack(self, phase: Phase) -> None:
         """Hold what fills a block in fewer bits, between two compressions."""
         stores = self.shared.policy.stores
@@ -455,8 +504,8 @@ class Layer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
             return
         start = self._clock()
         self.due = phase
-        dense = self._dense()
-        columns = torch.arange(dense.positions.shape[2], device=self.device).expand_as(dense.positions)
+        dense = self._dense(unpack=False)
+        columns = self.fixed + torch.arange(dense.positions.shape[2], device=self.device).expand_as(dense.positions)
         self.taken(self._carry_out(Plan.keep(~dense.padding), dense, columns))
         self.due = None
         self.seconds += self._clock() - start
@@ -487,7 +536,7 @@ class Layer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
         """A copy to go on from separately: nothing held is ever written to in place, so it can be shared."""
         other = copy(self)
         other.shared, other.observers, other.watched = shared, {}, {}
-        other._held = 0
+        other.reads, other._held = (0, 0), 0
         other._weigh()
         return other
 
@@ -535,6 +584,7 @@ class Layer(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
             metadata=metadata,
             seconds=self.seconds + sum(self.watched.values()),
             residual=self._waiting(),
+            read=self.reads[0] / self.reads[1] if self.reads[1] else 1.0,
         )
 
     def _waiting(self) -> int:
@@ -564,10 +614,13 @@ def compress(sources: Sequence[Layer], targets: Sequence[Layer], phase: Phase) -
         for target, (tokens, dense, order), scores in zip(targets, looked, rated, strict=True):
             tokens = replace(tokens, signals={**tokens.signals, **every})
             plan = settle(policy.method, budget, tokens, scores)
-            target.taken(target._take(plan, dense, order, budget))
+            target.taken(target._take(plan, dense, order, budget, tokens.signals))
         if policy.pairs is not None:
-            for lower, upper in policy.pairs.couples(len(targets)):
+            couples = policy.pairs.couples(len(targets))
+            for lower, upper in couples:
                 _couple(targets[lower], targets[upper], policy.pairs)
+            if not couples:
+                targets[0].shared.note(f"of {len(targets)} layers none are held in pairs: there are too few")
         took = sources[0]._clock() - start
         for layer in targets:
             layer.seconds += took / len(targets)

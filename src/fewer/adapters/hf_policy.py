@@ -14,6 +14,7 @@ from fewer.types import Budget, FewerError, FewerWarning, Method, Phase, Unsuppo
 
 if TYPE_CHECKING:
     from fewer.adapters.hf_layer import Layer
+    from fewer.adapters.hf_shorten import Passed
 
 When = Literal["prefill", "decode", "both"]
 
@@ -42,8 +43,12 @@ class Policy:
         name = type(method).__name__
         stores: Stores = getattr(method, "store", (None,))
         if store is not None:
-            if stores != (None,) or hasattr(method, "pairs"):
+            if stores != (None,) or getattr(method, "pairs", None) is not None:
                 raise FewerError(f"store={store!r}: {name} brings its own storage; choose a method that has none")
+            if getattr(method, "reads", None) is not None:
+                raise FewerError(
+                    f"store={store!r}: {name} reads chosen entries of a cache in full precision; leave it out"
+                )
             stores = (cast(Codec, store),)
         if getattr(method, "whole", False) and not budget.whole:
             raise FewerError(
@@ -75,7 +80,8 @@ class Policy:
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do, ever: all is kept, and as it is."""
-        return self.budget.whole and not self.packs and self.pairs is None
+        shortens = getattr(self.method, "shortens", None) is not None  # later layers then hold tokens with gaps
+        return self.budget.whole and not self.packs and self.pairs is None and not shortens
 
     @property
     def together(self) -> bool:
@@ -89,9 +95,13 @@ class Policy:
         return any(getattr(need, "probe", False) for need in self.method.needs)
 
     def bytes_for(self, tokens: int, d: int, e: int, itemsize: int) -> int:
-        """Most bytes that one head's tokens take, with all metadata."""
-        plain = tokens * (d + e) * itemsize
-        held = max(plain if store is None else store.bytes_for(tokens, d, e, itemsize) for store in self.stores)
+        """Most bytes that one head's tokens take, with all metadata: a block is short of one token, and waits."""
+        entry, held = (d + e) * itemsize, 0
+        for store in self.stores:
+            block = 1 if store is None else store.block
+            blocks, waiting = -(-tokens // block) * block, min(tokens, block - 1)
+            packed = blocks * entry if store is None else store.bytes_for(blocks, d, e, itemsize)
+            held = max(held, packed + waiting * entry)
         return int(held + tokens * (POSITION_BYTES + sum(need.key_bytes for need in self.method.needs)))
 
 
@@ -116,6 +126,10 @@ class Shared:
     step_seconds: float = 0.0
     """What the latest decoding step took, from the first layer's update to the last layer's attention."""
     started: float = 0.0
+    passed: "Passed | None" = None
+    """Which tokens of the forward under way go on to later layers, where some do not."""
+    chosen: Tensor | None = None
+    """The columns that each query head chose to read in the decoding step under way."""
     _mask: Any = None
     _hidden: Tensor | None = None
 
@@ -127,7 +141,8 @@ class Shared:
 
     def forget(self) -> None:
         """The forward is over; hold nothing of its mask and its positions."""
-        self._mask = self._hidden = None
+        self._mask = self._hidden = self.chosen = None
+        self.host.hidden.clear()
         if self.host.rotary is not None:
             self.host.rotary.forget()
 

@@ -6,6 +6,7 @@ observers the attention and keep nothing of it -> all layers are compressed toge
 
 import inspect
 import time
+from copy import copy
 from typing import Any
 
 import torch
@@ -50,8 +51,11 @@ def probe(model: Any, cache: Any, ids: Tensor, mask: Tensor | None, positions: T
     for need in [need for need in shared.policy.method.needs if getattr(need, "probe", False)]:
         start = time.perf_counter()
         shared.probing = need
+        own = list(cache.layers)
         try:
             for more, real in need.inputs(ids, before[:, -q:].bool()):
+                # sliding-window layers store what they read, each in new tensors: they read into copies
+                cache.layers = [layer if layer in shared.members else copy(layer) for layer in own]
                 call: dict[str, Any] = {
                     "attention_mask": torch.cat([before, real.long()], 1),
                     "position_ids": upcoming + (real.long().cumsum(1) - 1).clamp(min=0),
@@ -61,7 +65,7 @@ def probe(model: Any, cache: Any, ids: Tensor, mask: Tensor | None, positions: T
                 call = {name: value for name, value in call.items() if name in names}
                 model(input_ids=more, past_key_values=cache, **call)
         finally:
-            shared.probing = None
+            shared.probing, cache.layers = None, own
         took = (time.perf_counter() - start) / len(shared.members)
         for layer in shared.members:
             layer.watched[need] = layer.watched.get(need, 0.0) + took

@@ -49,18 +49,22 @@ def _known() -> dict[str, type]:
 
 
 class _Pack:
-    """Plain data out of objects."""
+    """Plain data out of objects. What two hold together is written once."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
         self.known = _known()
+        self.done: dict[int, tuple[Any, dict[str, Any]]] = {}  # by id, which lasts as long as the thing itself
 
     def __call__(self, thing: Any, where: str) -> Any:
         if thing is None or isinstance(thing, (bool, int, float, str)):
             return thing
+        if id(thing) in self.done:
+            return self.done[id(thing)][1]
         if isinstance(thing, Tensor):
             name = str(len(self.tensors))
             self.tensors[name] = thing.detach().cpu().contiguous().clone()
+            self.done[id(thing)] = thing, {"tensor": name}
             return {"tensor": name}
         if isinstance(thing, torch.dtype):
             return {"dtype": str(thing).removeprefix("torch.")}
@@ -74,7 +78,9 @@ class _Pack:
         name = f"{type(thing).__module__}.{type(thing).__qualname__}"
         if dataclasses.is_dataclass(thing) and name in self.known:
             parts = {f.name: self(getattr(thing, f.name), f"{where}.{f.name}") for f in dataclasses.fields(thing)}
-            return {"object": name, "fields": parts}
+            number = len(self.done)
+            self.done[id(thing)] = thing, {"same": number}
+            return {"object": name, "fields": parts, "number": number}
         raise FewerError(f"this cache cannot be saved: {where} is a {name}, which no file may hold")
 
 
@@ -83,6 +89,7 @@ class _Unpack:
 
     def __init__(self, tensors: dict[str, Tensor], rotary: Any) -> None:
         self.tensors, self.rotary, self.known = tensors, rotary, _known()
+        self.made: dict[int, Any] = {}
 
     def __call__(self, data: Any) -> Any:
         if not isinstance(data, dict):
@@ -95,7 +102,8 @@ class _Unpack:
             "tuple": lambda: tuple(self(part) for part in value),
             "list": lambda: [self(part) for part in value],
             "dict": lambda: {key: self(part) for key, part in value.items()},
-            "object": lambda: self._object(value, data["fields"]),
+            "object": lambda: self.made.setdefault(data["number"], self._object(value, data["fields"])),
+            "same": lambda: self.made[value],
         }
         return made[kind]()
 
@@ -112,6 +120,10 @@ def save(cache: Any, path: str | Path) -> None:
     from fewer.adapters.hf_layer import Layer
 
     shared, pack, layers = cache.shared, _Pack(), []
+    policy = (
+        shared.policy
+    )  # first, as it is read first: what needs and methods share is spelled out where it comes first
+    said = {f.name: pack(getattr(policy, f.name), f"policy.{f.name}") for f in dataclasses.fields(policy)}
     for index, layer in enumerate(cache.layers):
         mine = isinstance(layer, Layer)
         names = LAYER if mine else SLIDING
@@ -120,14 +132,20 @@ def save(cache: Any, path: str | Path) -> None:
             state = {name: pack(getattr(layer, name), f"layer {index}.{name}") for name in names}
         if mine and layer.is_initialized:
             state["observers"] = [
-                [pack(need, "need"), {k: pack(v, f"layer {index}: {type(o).__name__}.{k}") for k, v in vars(o).items()}]
+                [
+                    pack(need, "need"),
+                    {
+                        k: pack(v, f"layer {index}: {type(o).__name__}.{k}")
+                        for k, v in vars(o).items()
+                        if not callable(v)
+                    },
+                ]
                 for need, o in layer.observers.items()
                 if o.lasting or shared.policy.covers("decode")
             ]
         layers.append({"ours": mine, "state": state})
-    policy = shared.policy
     data = {
-        "policy": {f.name: pack(getattr(policy, f.name), f"policy.{f.name}") for f in dataclasses.fields(policy)},
+        "policy": said,
         "frozen": shared.frozen,
         "notes": shared.notes,
         "layers": layers,

@@ -1,4 +1,4 @@
-"""One total for all layers, more to the early ones."""
+"""One total for all layers, more to the early ones or to the late ones."""
 
 import torch
 
@@ -12,6 +12,16 @@ def falling(tokens: Tokens, budget: Budget, window: int, beta: int, even: Alloca
     2c - c / beta, or, where that is more than there is, all there is. Prompts of less than 2c tokens are too
     short to be worth a slope. Every layer works the same list of shares out, so nothing passes between layers.
     """
+    return _sloped(tokens, budget, window, beta, even, tokens.site.layer)
+
+
+def rising(tokens: Tokens, budget: Budget, window: int, beta: int, even: Allocation) -> Allocation:
+    """`falling` read backwards: few at the first layer, many at the last, the same total."""
+    return _sloped(tokens, budget, window, beta, even, tokens.site.layers - 1 - tokens.site.layer)
+
+
+def _sloped(tokens: Tokens, budget: Budget, window: int, beta: int, even: Allocation, step: int) -> Allocation:
+    """The share that is `step` shares down the slope."""
     layers, counts = tokens.site.layers, even.counts.clone()
     for row, seen in enumerate(tokens.seen.tolist()):
         share = budget.count(seen)
@@ -20,5 +30,5 @@ def falling(tokens: Tokens, budget: Budget, window: int, beta: int, even: Alloca
             first = min(2 * free - free / beta, room)
             slope = [first + (2 * free - 2 * first) * layer / (layers - 1) for layer in range(layers)]
             parts = Budget.split(free * layers, slope, [room] * layers)
-            counts[row] = share - free + parts[tokens.site.layer]
+            counts[row] = share - free + parts[step]
     return Allocation(torch.minimum(counts, tokens.available), note=even.note)

@@ -5,31 +5,75 @@ from difflib import get_close_matches
 from typing import Any
 
 from fewer.codec import Codec
+from fewer.methods.kv.a2sf import A2SF
 from fewer.methods.kv.adakv import AdaKV
+from fewer.methods.kv.compresskv import CompressKV
+from fewer.methods.kv.criticalkv import CriticalKV
+from fewer.methods.kv.dapq import DapQ
+from fewer.methods.kv.ems import EMS
 from fewer.methods.kv.expected_attention import ExpectedAttention
+from fewer.methods.kv.fastkv import FastKV
 from fewer.methods.kv.full import Full
+from fewer.methods.kv.gear import GEAR
 from fewer.methods.kv.h2o import H2O
 from fewer.methods.kv.keydiff import KeyDiff
+from fewer.methods.kv.kivi import KIVI
 from fewer.methods.kv.knorm import KNorm
+from fewer.methods.kv.kvzap import KVzap
+from fewer.methods.kv.kvzip import KVzip
+from fewer.methods.kv.lagkv import LagKV
+from fewer.methods.kv.merge_evict import MergeEvict
+from fewer.methods.kv.mikv import MiKV
+from fewer.methods.kv.minicache import MiniCache
 from fewer.methods.kv.pyramidkv import PyramidKV
 from fewer.methods.kv.random import Random
+from fewer.methods.kv.razorattention import RazorAttention
+from fewer.methods.kv.scissorhands import Scissorhands
+from fewer.methods.kv.sinklora import SinkLoRA
 from fewer.methods.kv.snapkv import SnapKV
 from fewer.methods.kv.streaming_llm import StreamingLLM
+from fewer.methods.kv.tidaldecode import TidalDecode
 from fewer.methods.kv.tova import TOVA
+from fewer.methods.kv.treekv import TreeKV
+from fewer.methods.kv.uniform import Uniform
+from fewer.methods.kv.zipcache import ZipCache
+from fewer.methods.kv.zipvl import ZipVL
 from fewer.types import Method, UnknownName
 
 METHODS: dict[str, type[Any]] = {
     "full": Full,
     "random": Random,
+    "uniform": Uniform,
     "streaming-llm": StreamingLLM,
+    "razorattention": RazorAttention,
     "knorm": KNorm,
     "keydiff": KeyDiff,
+    "lagkv": LagKV,
     "tova": TOVA,
     "h2o": H2O,
+    "a2sf": A2SF,
+    "sinklora": SinkLoRA,
+    "scissorhands": Scissorhands,
+    "treekv": TreeKV,
+    "merge-evict": MergeEvict,
+    "ems": EMS,
     "snapkv": SnapKV,
+    "fastkv": FastKV,
+    "dapq": DapQ,
+    "compresskv": CompressKV,
     "pyramidkv": PyramidKV,
     "adakv": AdaKV,
+    "criticalkv": CriticalKV,
     "expected-attention": ExpectedAttention,
+    "kvzip": KVzip,
+    "kvzap": KVzap,
+    "kivi": KIVI,
+    "gear": GEAR,
+    "zipcache": ZipCache,
+    "zipvl": ZipVL,
+    "mikv": MiKV,
+    "minicache": MiniCache,
+    "tidaldecode": TidalDecode,
 }
 
 

@@ -43,17 +43,24 @@ def attention_sums(
     padding: Bool[Tensor, "b h n"],
     scaling: float,
     softcap: float | None = None,
+    decay: float = 1.0,
 ) -> Float[Tensor, "b heads n"]:
-    """Attention each key receives from the real ones of these queries, summed over them, block by block."""
+    """Attention each key receives from the real ones of these queries, summed over them, block by block.
+
+    A query counts `decay` to the power of how many real queries of its row come after it.
+    """
     b, heads, q, _ = query.shape
     n = keys.shape[2]
+    counted = ~query_padding
+    after = counted.flip(1).cumsum(1).flip(1) - counted.long()
+    weight = decay**after * counted  # (b, q)
     query, keys = blank(query, query_padding.unsqueeze(1)), blank(keys, padding)
     total = torch.zeros(b, heads, n, device=keys.device)
     size = max(1, BLOCK_CELLS // max(1, b * heads * n))
     for start in range(0, q, size):
         at = slice(start, start + size)
         rows = attention_rows(query[:, :, at], query_positions[:, at], keys, positions, padding, scaling, softcap)
-        real = (~query_padding[:, None, None, at]).to(rows.dtype)
+        real = weight[:, None, None, at].to(rows.dtype)
         total += (real @ rows).squeeze(2)  # the sum over real queries, in one pass
     return total
 
@@ -76,10 +83,11 @@ def received(
     keys: Float[Tensor, "b h n d"],
     positions: Int[Tensor, "b h n"],
     padding: Bool[Tensor, "b h n"],
+    decay: float = 1.0,
 ) -> Float[Tensor, "b h n"]:
     """Attention each key receives from all real queries of the step, summed over queries and over its query heads."""
     sums = attention_sums(
-        step.query, step.positions, step.padding, keys, positions, padding, step.scaling, step.softcap
+        step.query, step.positions, step.padding, keys, positions, padding, step.scaling, step.softcap, decay
     )  # (b, heads, n)
     b, h, n = positions.shape
     return sums.view(b, h, -1, n).sum(2)

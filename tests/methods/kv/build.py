@@ -10,6 +10,7 @@ from torch import Tensor
 from fewer.compress import step
 from fewer.signals import Step
 from fewer.types import Budget, Keep, Method, Plan, Site, Tokens
+from tests import gather
 
 SIZES = (1, 7, 63, 130)
 """Awkward lengths: a single token, less than any window, one below and two above a power of two."""
@@ -57,6 +58,11 @@ def random_row(n: int, seed: int = 0, heads: int = 4, kv_heads: int = 2, dim: in
     return Row(*(torch.randn(count, n, dim, generator=draw) for count in (heads, kv_heads, kv_heads)))
 
 
+def projection(heads: int, e: int, hidden: int = 6) -> Tensor:
+    """An output projection of normal numbers, cut into query heads."""
+    return torch.randn(heads, e, hidden, generator=torch.Generator().manual_seed(7))
+
+
 def place(
     method: Method,
     rows: Row | Sequence[Row],
@@ -67,6 +73,7 @@ def place(
     scaling: float | None = None,
     softcap: float | None = None,
     filler: float = 50.0,
+    output: Tensor | None = None,
 ) -> Tokens:
     """These rows as one batch, short ones padded at the front with `filler`, which no result may depend on.
 
@@ -83,6 +90,7 @@ def place(
     padding = positions < 0
     scaling = dim**-0.5 if scaling is None else scaling
     wide = positions.unsqueeze(1).expand(*keys.shape[:3])
+    output = projection(query.shape[1], values.shape[-1]) if output is None else output
     observers = {need: need.start() for need in method.needs}
     for start, end in zip([0, *chunks], [*chunks, longest], strict=True):
         shown = Step(
@@ -93,10 +101,13 @@ def place(
             scaling,
             softcap,
             HalfRotary(dim),
+            hidden=query[:, :, start:end].transpose(1, 2).flatten(2),
+            output=lambda: output,
         )
         for observer in observers.values():
             observer.observe(shown)
-    return Tokens(
+        gather.probe(observers, shown)
+    tokens = Tokens(
         features=keys,
         values=values,
         positions=wide,
@@ -106,6 +117,7 @@ def place(
         signals={type(need): observer.value() for need, observer in observers.items()},
         site=site,
     )
+    return gather.together(method, [tokens])[0]
 
 
 def _padded(part: Tensor, longest: int, filler: float) -> Tensor:
@@ -152,7 +164,10 @@ class Cache:
         held = self.keys[None], self.positions[None], none
         dim = self.keys.shape[-1]
         padding = torch.zeros(1, count, dtype=torch.bool)
-        shown = Step(new.query[None], places[None], padding, lambda: held, dim**-0.5, None, HalfRotary(dim))
+        shown = Step(
+            new.query[None], places[None], padding, lambda: held, dim**-0.5, None, HalfRotary(dim),
+            output=lambda: projection(len(new.query), new.values.shape[-1]),
+        )  # fmt: skip
         for observer in self.observers.values():
             observer.observe(shown)
         tokens = Tokens(

@@ -1,0 +1,305 @@
+"""A prompt that gets shorter on its way through the layers: later ones really compute on fewer tokens.
+
+    Layer.attend at the layer a method names     scores -> method.go_on -> Passed: which tokens of this forward go on
+    pre-hook of every decoder layer after it     hidden states, positions, rotary tables and mask, cut down together
+    Layer.attend there                           takes in fewer columns than the forward has, and counts them all
+
+A method asks for it by `shortens(layers)`, the layer after which fewer tokens are read, and `go_on(tokens, scores)`,
+a plan for a forward's tokens `(b, n)`. Forwards of one token, and of a frozen cache, are left as they are; chunks of a
+prompt and later turns are shortened each by itself.
+
+The model's output keeps its shape: the logits of tokens that stayed behind are no numbers (nan), the others stand in
+their own columns.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from fewer.adapters.hf_bind import MARK, Host
+from fewer.compress import rate
+from fewer.types import FewerError, UnsupportedModel
+
+if TYPE_CHECKING:
+    from fewer.adapters.hf_layer import Layer
+
+FOR_EACH_TOKEN = ("hidden_states", "position_ids", "position_embeddings")
+"""What decoder layers are given that must have an entry for each token."""
+
+
+@dataclass
+class Passed:
+    """Which tokens of a forward go on. Rows are aligned at their end; -1 fills up those that have fewer.
+
+    `columns` are the forward's, of which there are `total`; `ranks` count a row's new tokens from 0, and `new` is how
+    many it has, those included that stay behind.
+    """
+
+    columns: Tensor  # (b, k)
+    ranks: Tensor  # (b, k)
+    total: int
+    new: list[int]
+    seen: set[int] = field(default_factory=set)
+    """Layers that were given them: several caches may have hooks on one model."""
+    _cut: dict[Any, tuple[Any, Any]] = field(default_factory=dict)
+
+    @property
+    def padding(self) -> Tensor:
+        return self.columns < 0
+
+    def once(self, key: Any, thing: Any, cut: Callable[[], Any]) -> Any:
+        """What `cut` gives, worked out once a forward: layers share their masks and tables."""
+        if key not in self._cut:
+            self._cut[key] = thing, cut()  # holding on to the thing keeps its id its own
+        return self._cut[key][1]
+
+    def of(self, thing: Any) -> Any:
+        """The entries of the tokens that go on, in every tensor `(b or 1, total, ..)`; others as they are."""
+        if isinstance(thing, dict):
+            return {key: self.of(part) for key, part in thing.items()}
+        if type(thing) in (tuple, list):
+            return type(thing)(self.of(part) for part in thing)
+        b, k = self.columns.shape
+        if not isinstance(thing, Tensor) or thing.shape[:2] not in ((1, self.total), (b, self.total)):
+            return thing
+        at = self.columns.clamp(min=0).view(b, k, *[1] * (thing.ndim - 2))
+        return thing.expand(b, *thing.shape[1:]).gather(1, at.expand(b, k, *thing.shape[2:]))
+
+    def mask(self, mask: Tensor | None, before: int, dtype: torch.dtype) -> Tensor | None:
+        """The mask for `before` columns that a layer holds and for those that go on, seen by those that go on."""
+        (b, k), q, filler = self.columns.shape, self.total, self.padding
+        if mask is None:
+            if not before and not bool(filler.any()):
+                return None  # causal, and in order
+            shape = (1, 1, q, before + q)
+            mask = torch.full(shape, torch.finfo(dtype).min, dtype=dtype, device=filler.device).triu(before + 1)
+        if mask.ndim != 4:
+            raise UnsupportedModel(f"the attention mask has shape {tuple(mask.shape)}, not (batch, heads, q, kv)")
+        shown, hidden = (True, False) if mask.dtype == torch.bool else (0.0, torch.finfo(mask.dtype).min)
+        mask = mask[..., -(before + q) :].expand(b, -1, -1, -1)
+        at = self.columns.clamp(min=0)[:, None]  # (b, 1, k)
+        rows = mask.gather(2, at.unsqueeze(3).expand(b, mask.shape[1], k, before + q))
+        old, new = rows[..., :before], rows[..., before:]
+        new = new.gather(3, at.unsqueeze(2).expand(b, mask.shape[1], k, k))
+        itself = torch.eye(k, dtype=torch.bool, device=mask.device)
+        fills = filler[:, None, None]  # seen by nothing but itself: a row that sees nothing could give no number
+        return torch.cat([old, new.masked_fill(fills & ~itself, hidden).masked_fill(fills & itself, shown)], dim=3)
+
+    def spread(self, x: Tensor, fill: float = torch.nan) -> Tensor:
+        """Features `(b, h, k, d)` back in the forward's columns `(b, h, total, d)`, `fill` in all others."""
+        at = torch.where(self.padding, self.total, self.columns)[:, None, :, None]
+        out = x.new_full((*x.shape[:2], self.total + 1, x.shape[3]), fill)  # what fills up rows lands in a spare column
+        return out.scatter(2, at.expand_as(x), x)[:, :, : self.total]
+
+
+@torch.no_grad()
+def pass_on(layer: "Layer", padding: Tensor | None, q: int) -> None:
+    """At the layer that the method names: decide who goes on, out of the `q` tokens that were just read."""
+    shared, last = layer.shared, len(layer.shared.host.attentions) - 1
+    method: Any = shared.policy.method
+    after = getattr(method, "shortens", None)
+    if after is None or layer.place != after(shared.layers) or layer.index == last:
+        return
+    start = layer._clock()
+    tokens, _, _ = layer.look(method, "prefill")
+    scores = rate(method, tokens)
+    (b, h, n), device = tokens.positions.shape, scores.device
+    padding = torch.zeros(b, q, dtype=torch.bool, device=device) if padding is None else padding
+    new = (~padding).sum(1, keepdim=True)  # (b, 1)
+    most = int(new.max())
+    missing = torch.arange(most, device=device) < most - new  # (b, most)
+    at, wide = slice(n - most, n), missing.unsqueeze(1).expand(b, h, most)  # what is newest stands last, at every head
+    fresh = replace(
+        tokens,
+        features=tokens.features[..., at, :],
+        values=None if tokens.values is None else tokens.values[..., at, :],
+        positions=tokens.positions[..., at],
+        protected=tokens.protected[..., at] & ~wide,
+        mass=None if tokens.mass is None else tokens.mass[..., at],
+        padding=wide,
+    )
+    plan = method.go_on(fresh, scores[..., at].masked_fill(wide, -torch.inf))
+    plan.check(missing)
+    if bool((plan.counts == new.squeeze(1)).all()):
+        return
+    there = plan.survivors >= 0
+    aligned = there.to(torch.int8).argsort(dim=1, stable=True)  # what is not there first
+    there, survivors = there.gather(1, aligned), plan.survivors.gather(1, aligned).clamp(min=0)
+    columns = (~padding).to(torch.int8).argsort(dim=1, stable=True)[:, q - most :]  # (b, most), padding first
+    shared.passed = Passed(
+        columns.gather(1, survivors).masked_fill(~there, -1),
+        (survivors - (most - new)).masked_fill(~there, -1),
+        q,
+        new.flatten().tolist(),
+    )
+    layer.seconds += layer._clock() - start
+
+
+class Sliding(DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]
+    """A sliding-window layer of the host that some tokens never reach.
+
+    A token that did not go on keeps its column, so that the window stays as long as the model thinks it is; its key is
+    no number, which tells it from all others wherever the columns go, and attention is kept from seeing it.
+    """
+
+    keys: Tensor  # type: ignore[assignment]
+    values: Tensor  # type: ignore[assignment]
+    passed: Passed | None = None
+    """What the next update brings, where that is less than the forward has."""
+
+    @property
+    def before(self) -> int:
+        """Columns that the next forward sees beside its own."""
+        return min(self.keys.shape[2], self.sliding_window - 1) if self.is_initialized else 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        passed, self.passed = self.passed, None
+        if passed is None:
+            keys, values = super().update(key_states, value_states, *args, **kwargs)
+        else:
+            keys, values, before = key_states, value_states, self.before
+            if before:
+                keys = torch.cat([self.keys[:, :, -before:], keys], dim=2)
+                values = torch.cat([self.values[:, :, -before:], values], dim=2)
+            super().update(passed.spread(key_states), passed.spread(value_states, 0.0), *args, **kwargs)
+        marked = keys.view_as(keys)
+        setattr(marked, MARK, self)
+        return marked, values
+
+    def attend(
+        self, own: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> Any:
+        """The host's attention, blind to what is not there."""
+        absent = key[:, 0, :, 0].isnan()
+        if bool(absent.any()):
+            if mask is None:  # a single token, which sees all
+                mask = query.new_zeros(1, 1, query.shape[2], key.shape[2])
+            hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+            mask = mask.expand(len(key), -1, -1, -1).masked_fill(absent[:, None, None], hidden)
+            key = key.masked_fill(absent[:, None, :, None], 0)
+        return own(query, key, value, mask, **kwargs)
+
+
+def blocks(host: Host) -> list[nn.Module]:
+    """The decoder layers: of the modules that hold one attention layer and no other, the largest."""
+    names = {module: name.split(".") for name, module in host.model.named_modules()}
+    paths = [names[attention] for attention in host.attentions]
+    found = []
+    for path in paths:
+        depth = next(i for i in range(1, len(path) + 1) if sum(other[:i] == path[:i] for other in paths) == 1)
+        found.append(host.model.get_submodule(".".join(path[:depth])))
+    return found
+
+
+def _after(host: Host, method: Any) -> int:
+    """The model's last layer that reads everything."""
+    ours = [index for index, mine in enumerate(host.plain_layers()) if mine]
+    return ours[int(method.shortens(len(ours)))]
+
+
+def check(host: Host, method: Any) -> None:
+    """Raise if the model's later layers cannot be given fewer tokens."""
+    name, after = f"{type(method).__name__} gives later layers fewer tokens", _after(host, method)
+    if any(getattr(need, "probe", False) or getattr(need, "everywhere", False) for need in method.needs):
+        raise FewerError(f"{name}, so it cannot have needs that wait for the last of them")
+    later = list(zip(host.layers(), blocks(host), strict=True))[after + 1 :]
+    for layer, block in later:
+        if not {"hidden_states", "attention_mask"} <= inspect.signature(block.forward).parameters.keys():
+            raise UnsupportedModel(
+                f"{name}, and {type(block).__name__} of {type(host.model).__name__} does not take hidden_states and "
+                f"attention_mask; methods that only cut the cache can be used"
+            )
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise UnsupportedModel(
+                f"{name}, and a {type(layer).__name__} of {type(host.model).__name__} counts on all of them; methods "
+                f"that only cut the cache can be used"
+            )
+
+
+def prepare(host: Host, method: Any, layers: list[Any]) -> str:
+    """Have the cache's later sliding-window layers bear missing tokens; a remark for the report."""
+    after = _after(host, method)
+    for index, layer in enumerate(layers[after + 1 :], start=after + 1):
+        if type(layer) is DynamicSlidingWindowLayer:
+            layers[index] = Sliding(layer.sliding_window)
+    return (
+        f"layers after layer {after} read only the tokens of a prompt that go on; no others have logits, and the last "
+        f"one always has"
+    )
+
+
+def hooks(host: Host) -> list[Any]:
+    """Hook a model's decoder layers; the hooks act where a cache of ours has let fewer tokens go on."""
+    layers = blocks(host)
+    made = [host.model.register_forward_pre_hook(_refuse, with_kwargs=True)]
+    for index, block in enumerate(layers[1:], start=1):
+        names = tuple(inspect.signature(block.forward).parameters)
+        made.append(block.register_forward_pre_hook(partial(_shorten, index, names), with_kwargs=True))
+    made.append(layers[-1].register_forward_hook(_arrived, with_kwargs=True))
+    return made
+
+
+def _cache_of(things: Any) -> Any:
+    from fewer.adapters.hf_cache import Cache  # which builds on this file
+
+    return next((thing for thing in things if isinstance(thing, Cache)), None)
+
+
+def _shorten(
+    index: int, names: tuple[str, ...], block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[()], dict[str, Any]] | None:
+    """Before a decoder layer: hand it the tokens that go on, and no others."""
+    cache = _cache_of((*kwargs.values(), *args))
+    passed: Passed | None = None if cache is None else cache.shared.passed
+    if passed is None or index in passed.seen:
+        return None
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    first, layer, mask = not passed.seen, cache.layers[index], given.get("attention_mask")
+    passed.seen.add(index)
+    dtype = given["hidden_states"].dtype
+    for name, thing in given.items():
+        if name == "attention_mask" or (name == "hidden_states" and not first):  # which come from the layer before
+            continue
+        own = name == "hidden_states"  # read once, and too large to hold on to
+        given[name] = cut = passed.of(thing) if own else passed.once(id(thing), thing, partial(passed.of, thing))
+        if name in FOR_EACH_TOKEN and thing is not None and cut is thing:
+            raise UnsupportedModel(
+                f"{type(block).__name__} is given {name} that have no entry for each of its {passed.total} tokens, so "
+                f"they cannot be cut down to those that go on"
+            )
+    if isinstance(layer, Sliding):
+        layer.passed, before = passed, layer.before
+    else:
+        before = layer.keys.shape[2] if layer.is_initialized else 0
+    given["attention_mask"] = passed.once((id(mask), before), mask, partial(passed.mask, mask, before, dtype))
+    return (), given
+
+
+def _arrived(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """After the last decoder layer: put those that went on back into their columns, and forget them."""
+    cache = _cache_of((*kwargs.values(), *args))
+    passed: Passed | None = None if cache is None else cache.shared.passed
+    if passed is None:
+        return None
+    cache.shared.passed = None
+    states, *rest = output if isinstance(output, tuple) else (output,)
+    states = passed.spread(states.unsqueeze(1)).squeeze(1)
+    return (states, *rest) if isinstance(output, tuple) else states
+
+
+def _refuse(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before the model: refuse what needs the logits of tokens that may stay behind."""
+    given = {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
+    cache = _cache_of(given.values())
+    method = None if cache is None or given.get("labels") is None else cache.shared.policy.method
+    if getattr(method, "shortens", None) is not None and not cache.shared.frozen:
+        raise FewerError(
+            f"labels: a loss is over all tokens of a prompt, and {type(method).__name__} has logits of those alone "
+            f"that go on to the last layer"
+        )

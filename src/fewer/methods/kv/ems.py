@@ -1,0 +1,81 @@
+"""EMS (arXiv 2412.08521): score globally and locally, evict the worst, merge the middle into the best.
+
+    g_j = attention that key j received, over the number of queries that could see it
+    l_j = attention from the last w queries
+    s   = g / sum g + l / sum l                                    both over the tokens before the window
+    centres    the window, and the top of s before it
+    evicted    of the others, the lowest that hold `evict` of all of s together: many where a head is sparse
+    merged     the rest, each into the centre with the most similar key (plain mean, keys and values alike), but into
+               none, the "zero class", where the cosine is below `threshold`: many go in where a head is redundant
+
+Differs from the paper: only its abstract and summaries of it were at hand, which tell the steps and not the formulas.
+How g and l are normalised, what decides between evicting and merging, the mean, and all defaults are ours; the zero
+class is a slot of -1 and not an extra centre, which comes to the same. Keys are averaged as stored, each rotated at its
+own position. Scores are shared by the query heads of a group.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fewer.allocate.uniform import uniform
+from fewer.reduce.merge import absorb, nearest
+from fewer.reduce.select import top_k
+from fewer.score.attention import per_head, window_attention
+from fewer.score.position import latest, must_stay
+from fewer.signals import Queries, QueryWindow, Received
+from fewer.types import Allocation, Budget, Card, Plan, Tokens
+
+
+@dataclass(frozen=True)
+class EMS:
+    """Evict, then merge.
+
+    Args:
+        window: last queries that give the local score, and last tokens that stay.
+        evict: share of a head's score that goes with the lowest tokens, unmerged.
+        threshold: least cosine of keys for a merge.
+    """
+
+    window: int = 32
+    evict: float = 0.05
+    threshold: float = 0.6
+
+    card: ClassVar[Card] = Card(
+        source="arXiv 2412.08521",
+        faithfulness="style",
+        mechanism="merge",
+        differs="written from summaries: normalisation, shares of evicting and merging, and defaults are ours",
+        slugs=("ems",),
+    )
+
+    @property
+    def needs(self) -> frozenset[object]:
+        return frozenset({Received(), Queries(last=self.window)})
+
+    def score(self, tokens: Tokens) -> Tensor:
+        observers, h = tokens.signal(Queries, QueryWindow), tokens.positions.shape[1]
+        could_see = (tokens.seen.view(-1, 1, 1) - tokens.positions).clamp(min=1)
+        local = window_attention(observers, tokens.features, tokens.positions, tokens.padding)
+        window = latest(tokens, self.window)
+        rated = torch.zeros_like(could_see, dtype=torch.float32)
+        for part in (tokens.signal(Received, Tensor) / could_see, per_head(local, h)):
+            part = part.masked_fill(window | tokens.padding, 0)
+            rated = rated + part / part.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        return must_stay(rated, window)
+
+    def allocate(self, tokens: Tokens, scores: Tensor, budget: Budget) -> Allocation:
+        return uniform(tokens, budget, self.window)
+
+    def reduce(self, tokens: Tokens, scores: Tensor, allocation: Allocation) -> Plan:
+        plan = top_k(scores, allocation)
+        others = (plan.slot < 0) & ~tokens.padding
+        rated = scores.masked_fill(~others, torch.inf).sort(dim=-1, stable=True)
+        # a token goes if the lowest ones up to it hold no more than the share; each head's scores add up to 2
+        low = rated.values.cumsum(-1) <= 2 * self.evict
+        evicted = torch.zeros_like(others).scatter(-1, rated.indices, low)
+        near = nearest(tokens, plan, others & ~evicted)
+        joins = near.cosine >= self.threshold
+        return absorb(plan, torch.where(joins, near.slot, -1), torch.ones_like(near.cosine))
