@@ -79,7 +79,7 @@ def decode(model: Any, ids: torch.Tensor, cache: Any) -> float:
 def held(cache: Any) -> int:
     """Bytes of the storages that a cache's tensors keep alive, found by walking it, not by asking it."""
     storages: dict[int, int] = {}
-    ours = ("fewer.", "transformers.cache_utils", "optimum.quanto")
+    ours = ("fewer.", "transformers.cache_utils", "optimum.quanto", "__main__")
 
     def walk(thing: Any) -> None:
         if isinstance(thing, torch.Tensor) and not type(thing).__module__.startswith("optimum"):
@@ -169,10 +169,14 @@ class Unpacked:
         return getattr(self.part, name)
 
     def logits(self, query: Any, row: Any, heads: Any) -> Any:
-        return Coded.logits(self.part, query, row, heads)
+        start, end, lead = self.part._extent(row, heads)
+        keys = self.part.keys(0, len(self.part.positions))[start:end]
+        return query @ keys.view(*lead, -1, keys.shape[-1]).transpose(-1, -2)
 
     def mix(self, weights: Any, row: Any, heads: Any) -> Any:
-        return Coded.mix(self.part, weights, row, heads)
+        start, end, lead = self.part._extent(row, heads)
+        values = self.part.values(0, len(self.part.positions))[start:end]
+        return weights @ values.view(*lead, -1, values.shape[-1])
 
 
 @torch.inference_mode()
@@ -247,7 +251,7 @@ def prefill(model: Any, ids: torch.Tensor, repeats: int) -> dict[str, Any]:
             cut, _ = seconds(lambda: model(ids, logits_to_keep=1))
         pairs.append((cut, took))
     decoder = Decoder.of(model)
-    floor = decoder.prefill_flops(ids.shape[1], layer=method.shortens(decoder.layers), rate=0.25)
+    floor = decoder.shortened_prefill_flops(ids.shape[1], layer=method.shortens(decoder.layers), rate=0.25)
     return {
         "prefill_ratio": statistics.median(a / b for a, b in pairs),
         "prefill_s": statistics.median(a for a, _ in pairs),

@@ -21,7 +21,7 @@ LOOPS = 3
 
 
 def low_rank(x: Float[Tensor, "n d"], rank: int) -> tuple[Float[Tensor, "n rank"], Float[Tensor, "rank d"]]:
-    """Two factors whose product is close to `x`, by power iteration from a start that is always the same."""
+    """Two factors whose product is close to `x`, by power iteration; its start is random, and the same every time."""
     right = torch.rand(x.shape[-1], rank, generator=torch.Generator().manual_seed(0)).to(x.device)
     for _ in range(LOOPS - 1):
         right = x.T @ (x @ right)

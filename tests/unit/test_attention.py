@@ -78,7 +78,8 @@ def compare(
     query, keys, values = torch.randn(2, heads, q, 8), torch.randn(2, 3, t, 8), torch.randn(2, 3, t, 6)
     given, visible = masks(mask, heads, q, t)
     arguments = {
-        "query": query, "parts": [kept], "keys": keys, "values": values, "mask": given, "scaling": 0.3, "softcap": softcap,
+        "query": query, "parts": [kept], "keys": keys, "values": values, "mask": given, "scaling": 0.3,
+        "softcap": softcap,
     }  # fmt: skip
     spoil(arguments)
     ours = attend(**arguments)
