@@ -4,7 +4,7 @@
 
 Work is cut into units of a few samples; each is appended to out/evidence/units.jsonl when it is done, and a later call
 goes on where the last one stopped. Whatever is there is then merged into results/kv-smollm2.json, with its sample
-counts, and docs/kv.svg is drawn from it.
+counts, and docs/kv.svg and the tables of docs/kv.md are made from it.
 """
 
 import argparse
@@ -103,6 +103,63 @@ def merged(done: dict[str, list[dict[str, Any]]]) -> list[Row]:
     return out
 
 
+def tables(rows: list[Row]) -> str:
+    """What was found, in Markdown: one table for each task and length, a line for each method."""
+    parts = []
+    for task, tokens in dict.fromkeys((row.task, row.tokens) for row in sorted(rows, key=lambda r: (r.task, r.tokens))):
+        mine = [row for row in rows if (row.task, row.tokens) == (task, tokens)]
+        parts.append(text_table(mine) if task == "text" else found_table(mine))
+    return "\n\n".join(parts)
+
+
+def found_table(rows: list[Row]) -> str:
+    """Shares found, question unseen / seen, at every keep; methods that keep every token under the share they hold."""
+    counts = sorted({row.n for row in rows})
+    n = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    cell = {(row.method, row.keep_asked, row.question): row for row in rows}
+    names = list(dict.fromkeys(row.method for row in rows))
+    score = {
+        name: sum(cell[name, keep, "unseen"].quality for keep in (0.25, 0.1) if (name, keep, "unseen") in cell)
+        + 2 * sum(cell[name, 1.0, "unseen"].quality for _ in "x" if (name, 1.0, "unseen") in cell)
+        for name in names
+    }
+    heads = [*(f"keep {keep}" for keep in KEEPS), "every token", "bytes at 0.25, or of all", "s"]
+    lines = [
+        f"**{rows[0].task}, {rows[0].tokens:,} tokens, n = {n}**", "",
+        f"| method | {' | '.join(heads)} |",
+        "|" + " --- |" * (len(KEEPS) + 4),
+    ]  # fmt: skip
+
+    def shown(name: str, keep: float) -> str:
+        pair = [cell.get((name, keep, question)) for question in ("unseen", "seen")]
+        return " / ".join("–" if row is None else f"{row.quality:.2f}" for row in pair) if any(pair) else ""
+
+    for name in sorted(names, key=lambda name: -score[name]):
+        one = next(cell[key] for key in [(name, k, "unseen") for k in (0.25, 1.0, *KEEPS)] if key in cell)
+        figures = [shown(name, keep) for keep in (*KEEPS, 1.0)]
+        share = f"{one.bytes_kept / one.bytes_full:.3f}"
+        lines.append(f"| {name} | " + " | ".join(figures) + f" | {share} | {one.compress_s:.2f} |")
+    return "\n".join(lines)
+
+
+def text_table(rows: list[Row]) -> str:
+    """Bits lost a token on running text, KL from the full cache, at every keep."""
+    cell = {(row.method, row.keep_asked): row for row in rows}
+    names = sorted({row.method for row in rows}, key=lambda name: next(
+        cell[name, k].kl_bits or 0.0 for k in (0.25, 1.0, *KEEPS) if (name, k) in cell
+    ))  # fmt: skip
+    n = min(row.n for row in rows)
+    lines = [
+        f"**running text, {rows[0].tokens:,} tokens, n = {n}: KL to the full cache, bits a token**", "",
+        "| method | " + " | ".join(f"keep {keep}" for keep in KEEPS) + " | every token |",
+        "|" + " --- |" * (len(KEEPS) + 2),
+    ]  # fmt: skip
+    for name in names:
+        figures = [f"{cell[name, k].kl_bits:.3f}" if (name, k) in cell else "" for k in (*KEEPS, 1.0)]
+        lines.append(f"| {name} | " + " | ".join(figures) + " |")
+    return "\n".join(lines)
+
+
 def write(rows: list[Row], fit_files: list[Path]) -> None:
     record = {
         "date": date.today().isoformat(), "model": "SmolLM2-135M-Instruct, float32", "hardware": environment.hardware(),
@@ -111,6 +168,10 @@ def write(rows: list[Row], fit_files: list[Path]) -> None:
     }  # fmt: skip
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(record, indent=0) + "\n")
+    page = ROOT / "docs" / "kv.md"
+    before, _, rest = page.read_text().partition("<!-- evidence -->")
+    _, _, after = rest.partition("<!-- /evidence -->")
+    page.write_text(f"{before}<!-- evidence -->\n{tables(rows)}\n<!-- /evidence -->{after}")
     short = [row for row in rows if row.tokens == 1000 and row.task in ("needle-single", "text")]
     if short:
         report.svg_file(ROOT / "docs" / "kv.svg", short)

@@ -29,8 +29,9 @@ Fits = Annotated[list[Path] | None, typer.Option("--fit", help="A file that `few
 
 def describe(name: str) -> dict[str, Any]:
     """One method as plain data, the same for the table, `--json` and the README."""
-    cls = METHODS[name]
-    method, card = resolve(name), cls.card
+    method = resolve(name)
+    cls: Any = type(method)
+    card = cls.card
     return {
         "name": name,
         "family": cls.__module__.split(".")[2],
@@ -66,7 +67,7 @@ def methods(
 def show(method: str, as_json: Json = False) -> None:
     """Show one method: what it does, what it needs, how faithful it is, where it comes from."""
     made = resolve(method)
-    cls = METHODS[method]
+    cls: Any = type(made)
     described = describe(method)
     text = (sys.modules[cls.__module__].__doc__ or "").strip()
     if as_json:
@@ -82,7 +83,9 @@ def show(method: str, as_json: Json = False) -> None:
 
 @app.command()
 def compare(
-    methods: Annotated[str, typer.Option(help="Names, comma-separated, or 'all'.")] = "all",
+    methods: Annotated[
+        str, typer.Option(help="Names, comma-separated, or 'all'; with a store as in snapkv+kivi-4bit.")
+    ] = "all",
     keep: Annotated[str, typer.Option(help="Budgets, comma-separated: fractions, token counts or bytes.")] = "0.5,0.25",
     tasks: Annotated[str, typer.Option(help="Names, comma-separated, or 'all'.")] = "needle-single,text",
     tokens: Annotated[int, typer.Option(help="Length of a context in tokens.", min=64)] = 1000,
@@ -165,8 +168,9 @@ def generate(
     file: Annotated[Path | None, typer.Option(help="Read the prompt from a text file ('-' is standard input).")] = None,
     method: str = "snapkv",
     keep: str = "0.25",
-    when: Annotated[str, typer.Option(help="Compress at 'prefill', 'decode' or 'both'.")] = "prefill",
-    every: Annotated[int, typer.Option(help="Decoding steps between two compressions.")] = 64,
+    when: Annotated[str | None, typer.Option(help="Compress at 'prefill', 'decode' or 'both'.")] = None,
+    every: Annotated[int | None, typer.Option(help="Decoding steps between two compressions.")] = None,
+    store: Annotated[str | None, typer.Option(help="How what is kept is held, such as kivi-4bit.")] = None,
     fit: Fits = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     plain: Annotated[bool, typer.Option(help="Do not wrap the prompt in the model's chat template.")] = False,
@@ -185,7 +189,7 @@ def generate(
         message = [{"role": "user", "content": text}]
         text = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=plain)
-    with torch.inference_mode(), compress(loaded, chosen, budget, when=when, every=every) as run:
+    with torch.inference_mode(), compress(loaded, chosen, budget, when=when, every=every, store=store) as run:
         run_model: Any = loaded.generate  # its type is lost behind the model class's attributes
         tokens = run_model(**ids, max_new_tokens=max_new_tokens, do_sample=False)
     answer = str(tokenizer.decode(tokens[0, ids.input_ids.shape[1] :], skip_special_tokens=True))
@@ -305,7 +309,7 @@ def _fitted(names: list[str], files: list[Path] | None) -> list[Any]:
             err.print(f"left out, since they want a --fit: {', '.join(left)}", highlight=False)
     if spare := sorted(given.keys() - set(names)):
         raise FewerError(f"--fit was given for {', '.join(spare)}, which is not among the methods asked for")
-    made = [resolve(name) for name in names]
+    made = [name if "+" in name else resolve(name) for name in names]  # compare() reads the others itself
     return [
         replace(method, fit=given[name]) if name in given else method  # type: ignore[type-var]
         for name, method in zip(names, made, strict=True)
