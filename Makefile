@@ -21,7 +21,7 @@ test-oldest: $(OLDEST)/.installed  ## the tests on the oldest transformers that 
 
 bench: $(VENV)/.installed $(PEER)/.installed  ## speed and bytes beside kvpress and transformers' quantised cache
 	$(BIN)/python benchmarks/kv.py --peer $(PEER)/bin/python
-	scripts/install $(VENV) '.[bench]'
+	scripts/install $(VENV) -e '.[dev,bench]'
 	$(BIN)/python benchmarks/kv.py --part storage
 	$(BIN)/python benchmarks/kv.py --part prefill
 

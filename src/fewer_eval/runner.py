@@ -17,7 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from fewer import Cache
 from fewer.codec import Codec
 from fewer.methods import name_of, resolve, resolve_store
 from fewer.methods.kv.full import Full
-from fewer.types import Budget, FewerError, Keep, Method
+from fewer.types import Budget, BudgetError, FewerError, Keep, Method
 from fewer_eval.schema import Question, Row
 from fewer_eval.tasks import Example, Task
 
@@ -41,6 +41,8 @@ GREEDY = 32
 @dataclass(frozen=True)
 class _Watch(Full):
     """Keeps everything and gathers what a list of methods needs."""
+
+    gathers: ClassVar[bool] = True
 
     needs: frozenset[Any] = frozenset()  # type: ignore[misc]  # a field here, where Full has a constant
 
@@ -144,7 +146,13 @@ class _Bench:
         timed: bool,
         tick: Callable[[str], None],
     ) -> None:
-        self.model, self.tokenizer, self.cases, self.questions, self.tick = model, tokenizer, cases, questions, tick
+        self.model, self.tokenizer, self.cases, self.questions, self.tick = (
+            model,
+            tokenizer,
+            list(cases),
+            questions,
+            tick,
+        )
         self.timed = timed
         self.together, self.alone = ([c for c in cases if c.alone is alone] for alone in (False, True))
         self.watch = _Watch(frozenset(need for case in self.together for need in case.method.needs))
@@ -237,8 +245,16 @@ class _Bench:
     ) -> list[Cache]:
         """Every case's cache, its size and times taken down."""
         caches = []
-        for case in self.together:
-            cache = full.under(case.method, case.keep, store=case.store)
+        for case in list(self.together):
+            try:
+                cache = full.under(case.method, case.keep, store=case.store)
+            except BudgetError as why:  # what a method cannot keep to is no zero, it is left out, and said
+                self.together.remove(case)
+                self.cases.remove(case)
+                if any(key[0] == case for key in tallies):
+                    raise  # it could before
+                self.notes[f"{case.name} @ {case.keep} is left out: {why}"] = None
+                continue
             self._note(case, question, cache, prefill, tallies)
             caches.append(cache)
         return caches

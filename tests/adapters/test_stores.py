@@ -14,7 +14,7 @@ import fewer
 from fewer.methods.kv.adakv import AdaKV
 from fewer.methods.kv.gear import GEAR
 from fewer.methods.kv.kivi import KIVI
-from fewer.types import BudgetError, FewerError, Tokens
+from fewer.types import FewerError, Tokens
 from tests.adapters.common import ADA, FAMILIES, SNAP, cached, held, refused, tensors_in
 from tests.adapters.emulate import assert_close, columns, difference, ours
 from tests.adapters.test_batches import batch
@@ -414,13 +414,17 @@ def test_several_turns(name: str, method: Any) -> None:
             assert cache.report.layers[0].asked == (162,) and sum(cache.report.layers[0].kept[0]) == 2 * (162 + 5)
 
 
-def test_a_budget_below_what_is_packed_says_so() -> None:
-    """Of 64 + 16 tokens, all packed, 0.5 of 90 would be 45: what is packed cannot be dropped."""
+def test_where_tokens_are_dropped_generated_ones_wait_for_the_next_turn() -> None:
+    """Of 80 tokens 64 are packed. 32 more could be packed too, and then none of them could be dropped: they wait, and
+    the next turn keeps 0.8 of all 114."""
     model = tiny("llama")
     with fewer.Cache(model, SNAP, 0.8, store=KIVI(4, 16, 16)) as cache:
         cached(model, cache, prompt(80), *singles(32))
-        with pytest.raises(BudgetError, match="96 tokens are protected, which is more than the budget lets stay"):
-            model(prompt(2, seed=5), past_key_values=cache)
+        assert [part.counts for part in cache.layers[0].coded] == [((64, 64),)]
+        assert cache.layers[0].keys.shape[2] == 32
+        model(prompt(2, seed=5), past_key_values=cache)
+        assert cache.report.layers[0].kept == ((92, 92),) and cache.report.layers[0].asked == (92,)
+        assert sum(part.counts[0][0] for part in cache.layers[0].coded) == 80
 
 
 @pytest.mark.parametrize("name", STORES)
