@@ -2,9 +2,9 @@
 
     python scripts/evidence.py [--minutes 60] [--fit FILE ...]
 
-Work is cut into units of a few samples; each is appended to out/evidence/units.jsonl when it is done, and a later call
-goes on where the last one stopped. Whatever is there is then merged into results/kv-smollm2.json, with its sample
-counts, and docs/kv.svg and the tables of docs/kv.md are made from it.
+Work is cut into units of a few samples. Each, when it is done, is merged into results/kv-smollm2.json, which names the
+units that it holds, so a later call goes on where the last one stopped; docs/kv.svg and the tables of docs/kv.md are
+made from it.
 """
 
 import argparse
@@ -28,7 +28,6 @@ from fewer_eval.schema import Row
 from fewer_eval.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
-UNITS = ROOT / "out" / "evidence" / "units.jsonl"
 RESULTS = ROOT / "results" / "kv-smollm2.json"
 KEEPS = (0.75, 0.5, 0.25, 0.1)
 MORE = ("kivi-2bit", "kivi-4bit", "snapkv+kivi-4bit", "keydiff+kivi-4bit", "kvzip+kivi-4bit")
@@ -51,11 +50,11 @@ class Unit:
 
 def plan() -> list[Unit]:
     """What is to be measured, what tells most first."""
-    wanted = [("text", 1000, 4, 1), ("needle-single", 1000, 5, 10)]
+    wanted = [("text", 1000, 2, 2), ("needle-single", 1000, 5, 10)]
     wanted += [("needle-single", tokens, 2, 10) for tokens in (2000, 4000)]
     for task in ("needle-multikey", "needle-multivalue"):
         wanted += [(task, 1000, 5, 10), (task, 2000, 2, 10), (task, 4000, 2, 10)]
-    wanted += [("text", tokens, 4, 1) for tokens in (2000, 4000)]
+    wanted += [("text", tokens, 2, 2) for tokens in (2000, 4000)]
     return [Unit(task, tokens, size, seed) for task, tokens, size, count in wanted for seed in range(count)]
 
 
@@ -76,20 +75,11 @@ def methods(fit_files: list[Path]) -> list[Any]:
     return chosen + list(MORE)
 
 
-def measured() -> dict[str, list[dict[str, Any]]]:
-    """Rows by unit, of all units that are done."""
-    if not UNITS.exists():
-        return {}
-    lines = [json.loads(line) for line in UNITS.read_text().splitlines() if line.endswith("}")]
-    return {line["unit"]: line["rows"] for line in lines}
-
-
-def merged(done: dict[str, list[dict[str, Any]]]) -> list[Row]:
+def merged(rows: list[dict[str, Any]]) -> list[Row]:
     """One row for each cell: means over all samples."""
     cells: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
-    for rows in done.values():
-        for row in rows:
-            cells[row["task"], row["tokens"], row["question"], row["method"], str(row["keep_asked"])].append(row)
+    for row in rows:
+        cells[row["task"], row["tokens"], row["question"], row["method"], str(row["keep_asked"])].append(row)
     out = []
     for group in cells.values():
         n = sum(row["n"] for row in group)
@@ -160,14 +150,16 @@ def text_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def write(rows: list[Row], fit_files: list[Path]) -> None:
+def write(rows: list[Row], units: list[str], fit_files: list[Path]) -> None:
     record = {
         "date": date.today().isoformat(), "model": "SmolLM2-135M-Instruct, float32", "hardware": environment.hardware(),
-        "versions": environment.versions(), "fits": [path.name for path in fit_files],
+        "versions": environment.versions(), "fits": [path.name for path in fit_files], "units": units,
         "rows": [row.to_dict() for row in rows],
     }  # fmt: skip
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(record, indent=0) + "\n")
+    partial = RESULTS.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=0) + "\n")
+    partial.replace(RESULTS)
     page = ROOT / "docs" / "kv.md"
     before, _, rest = page.read_text().partition("<!-- evidence -->")
     _, _, after = rest.partition("<!-- /evidence -->")
@@ -182,33 +174,28 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this long; the rest can wait")
     parser.add_argument("--fit", type=Path, action="append", default=[], help="a file that `fewer fit` made")
     options = parser.parse_args()
-    end, chosen = time.monotonic() + 60 * options.minutes, methods(options.fit)
-    done, units = measured(), plan()
-    left = [unit for unit in units if unit.name not in done]
-    if left and options.minutes > 0:
-        model, tokenizer = models.load("default", say=print)
-        columns = (TextColumn("{task.description:28s}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        UNITS.parent.mkdir(parents=True, exist_ok=True)
-        with Progress(*columns) as progress:
-            bar = progress.add_task("", total=len(units), completed=len(units) - len(left))
-            for unit in left:
-                if time.monotonic() > end:
-                    break
-                progress.update(bar, description=f"{unit.task}, {unit.tokens} tokens")
-                found = compare(
-                    model, tokenizer, [TASKS[unit.task]], chosen, KEEPS, tokens=unit.tokens, samples=unit.samples,
-                    seed=unit.seed, model_name="default", timed=unit.seed == 0,
-                )  # fmt: skip
-                with UNITS.open("a") as file:
-                    file.write(json.dumps({"unit": unit.name, "rows": [row.to_dict() for row in found.rows]}) + "\n")
-                done = measured()
-                progress.advance(bar)
-    rows = merged(done)
-    if not rows:
-        print("nothing was measured yet", file=sys.stderr)
-        return 1
-    write(rows, options.fit)
-    print(f"{len(done)} of {len(units)} units done; wrote {RESULTS.relative_to(ROOT)} ({len(rows)} cells)")
+    end, chosen, units = time.monotonic() + 60 * options.minutes, methods(options.fit), plan()
+    state = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"units": [], "rows": []}
+    left = [unit for unit in units if unit.name not in state["units"]]
+    model, tokenizer = models.load("default", say=print)
+    columns = (TextColumn("{task.description:28s}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns) as progress:
+        bar = progress.add_task("", total=len(units), completed=len(units) - len(left))
+        for unit in left:
+            if time.monotonic() > end:
+                break
+            progress.update(bar, description=f"{unit.task}, {unit.tokens} tokens")
+            found = compare(
+                model, tokenizer, [TASKS[unit.task]], chosen, KEEPS, tokens=unit.tokens, samples=unit.samples,
+                seed=unit.seed, model_name="default", timed=unit.seed == 0,
+            )  # fmt: skip
+            rows = merged([*state["rows"], *(row.to_dict() for row in found.rows)])
+            state = {"units": [*state["units"], unit.name], "rows": [row.to_dict() for row in rows]}
+            write(rows, state["units"], options.fit)
+            progress.advance(bar)
+    print(
+        f"{len(state['units'])} of {len(units)} units done; {len(state['rows'])} cells in {RESULTS.relative_to(ROOT)}"
+    )
     return 0
 
 

@@ -31,7 +31,7 @@ from fewer.types import Budget, BudgetError, FewerError, Keep, Method
 from fewer_eval.schema import Question, Row
 from fewer_eval.tasks import Example, Task
 
-TEXT_SAMPLES = 4
+TEXT_SAMPLES = 2
 """Most samples of running text: each holds over a hundred predictions, and they are read method by method."""
 
 GREEDY = 32
@@ -121,8 +121,9 @@ def compare(
     cases = [_Case(Full(), "full", 1.0)]
     for keep in keeps:
         Budget.parse(keep)
-        more = [_Case.of(method, keep) for method in methods]
-        cases += [case for case in more if not isinstance(case.method, Full) and case not in cases]
+        for case in (_Case.of(method, keep) for method in methods):
+            if not isinstance(case.method, Full) and case not in cases:
+                cases.append(case)
     cases.sort(key=lambda case: case.alone)
     bench = _Bench(model, tokenizer, cases, tuple(questions), timed, tick)
     rows: list[Row] = []
