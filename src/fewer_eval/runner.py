@@ -17,7 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,8 +41,6 @@ GREEDY = 32
 @dataclass(frozen=True)
 class _Watch(Full):
     """Keeps everything and gathers what a list of methods needs."""
-
-    gathers: ClassVar[bool] = True
 
     needs: frozenset[Any] = frozenset()  # type: ignore[misc]  # a field here, where Full has a constant
 

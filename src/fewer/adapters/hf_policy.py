@@ -91,10 +91,7 @@ class Policy:
 
     @property
     def probes(self) -> bool:
-        """Whether the model must be run once more before anything is dropped. Not where nothing ever is, unless a
-        method keeps everything just to gather what others need."""
-        if self.idle and not getattr(self.method, "gathers", False):
-            return False
+        """Whether the model must be run once more before anything is dropped."""
         return any(getattr(need, "probe", False) for need in self.method.needs)
 
     def bytes_for(self, tokens: int, d: int, e: int, itemsize: int) -> int:
