@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
-from fewer.ragged import Counts, Heads, Part, Ragged
+from fewer.ragged import Counts, Heads, Part, Ragged, bounds_of
 from fewer.types import Phase
 
 POSITION_BYTES = 4
@@ -64,6 +64,11 @@ class PairCodec(Protocol):
 
 
 C = TypeVar("C", bound="Coded")
+
+
+def books_of(tokens: Ragged) -> "tuple[Counts, Tensor, Tensor | None, Tensor | None, torch.dtype]":
+    """The fields of `Coded` for tokens that are about to be packed."""
+    return tokens.counts, tokens.positions, tokens.placed, tokens.mass, tokens.keys.dtype
 
 
 @dataclass(frozen=True)
@@ -200,14 +205,7 @@ class Coded:
     @cached_property
     def bounds(self) -> list[list[tuple[int, int]]]:
         """First and one-past-last entry of each row and head."""
-        end, out = 0, []
-        for row in self.counts:
-            spans = []
-            for count in row:
-                spans.append((end, end + count))
-                end += count
-            out.append(spans)
-        return out
+        return bounds_of(self.counts)
 
     def read(self) -> Ragged:
         total = len(self.positions)

@@ -113,7 +113,7 @@ class Mended:
             torch.cat([self.right, other.right]),
             torch.cat([self.exact, other.exact]),
             torch.cat([self.places, other.places]),
-            Runs((*self.runs.ends, *(self.runs.ends[-1] + end for end in other.runs.ends))),
+            self.runs.stack(other.runs),
             self.group,
         )
 

@@ -100,6 +100,18 @@ class Part(Protocol):
     def metadata(self) -> int: ...
 
 
+def bounds_of(counts: Counts) -> list[list[tuple[int, int]]]:
+    """First and one-past-last entry of each row and head, one after the other."""
+    end, out = 0, []
+    for row in counts:
+        spans = []
+        for count in row:
+            spans.append((end, end + count))
+            end += count
+        out.append(spans)
+    return out
+
+
 def even(parts: Sequence[Part]) -> bool:
     """Whether in each part all heads of all rows hold the same number of tokens."""
     return all(len({count for row in part.counts for count in row}) == 1 for part in parts)
@@ -178,14 +190,7 @@ class Ragged:
     @cached_property
     def bounds(self) -> list[list[tuple[int, int]]]:
         """First and one-past-last entry of each row and head."""
-        end, out = 0, []
-        for row in self.counts:
-            spans = []
-            for count in row:
-                spans.append((end, end + count))
-                end += count
-            out.append(spans)
-        return out
+        return bounds_of(self.counts)
 
     @cached_property
     def even(self) -> int | None:

@@ -19,7 +19,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from fewer.bits import Packed, check_bits, dequantise, pack, packed_bytes, quantise, unpack
-from fewer.codec import Coded
+from fewer.codec import Coded, books_of
 from fewer.ragged import Counts, Ragged
 from fewer.types import Phase
 
@@ -171,8 +171,7 @@ class TierPart(Coded):
 
     @classmethod
     def of(cls, tokens: Ragged, held_keys: ByChannel | ByToken, held_values: ByToken) -> "TierPart":
-        books = tokens.counts, tokens.positions, tokens.placed, tokens.mass
-        return cls(*books, tokens.keys.dtype, held_keys, held_values)
+        return cls(*books_of(tokens), held_keys, held_values)
 
     def keys(self, start: int, end: int) -> Tensor:
         return self.held_keys.tensor(start, end, self.dtype)

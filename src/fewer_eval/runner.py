@@ -28,6 +28,7 @@ from fewer.codec import Codec
 from fewer.methods import name_of, resolve, resolve_store
 from fewer.methods.kv.full import Full
 from fewer.types import Budget, BudgetError, FewerError, Keep, Method
+from fewer_eval.lines import YARDSTICKS
 from fewer_eval.schema import Question, Row
 from fewer_eval.tasks import Example, Task
 
@@ -107,7 +108,7 @@ def compare(
     timed: bool = True,
     tick: Callable[[str], None] = lambda what: None,
 ) -> Comparison:
-    """Measure every method at every keep on every task; "full" is always measured, once.
+    """Measure every method at every keep on every task, and always the yardsticks beside them: full, random, uniform.
 
     Args:
         tokens: length of a context.
@@ -119,7 +120,9 @@ def compare(
     cases = [_Case(Full(), "full", 1.0)]
     for keep in keeps:
         Budget.parse(keep)
-        for case in (_Case.of(method, keep) for method in methods):
+        asked = [_Case.of(method, keep) for method in methods]
+        named = {case.name for case in asked}
+        for case in [*asked, *(_Case.of(name, keep) for name in YARDSTICKS if name not in named)]:
             if not isinstance(case.method, Full) and case not in cases:
                 cases.append(case)
     cases.sort(key=lambda case: case.alone)

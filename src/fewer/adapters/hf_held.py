@@ -198,9 +198,8 @@ class Held(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
     def _pack(self, phase: Phase) -> None:
         """Hold what fills a block in fewer bits, between two compressions."""
         stores = self.shared.policy.stores
-        if (
-            not self.shared.policy.budget.whole
-        ):  # a later turn may have to drop these, and could not if they were packed
+        # where tokens are dropped, a later turn may have to drop these too, and could not if they were packed
+        if not self.shared.policy.budget.whole:
             return
         if len(stores) > 1 or stores[0] is None or self.keys.shape[2] < stores[0].block:
             return

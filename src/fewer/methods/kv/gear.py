@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fewer.bits import check_bits, packed_bytes
-from fewer.codec import Coded, Stores
+from fewer.codec import Coded, Stores, books_of
 from fewer.mended import Mended
 from fewer.ragged import Counts, Ragged
 from fewer.reduce.select import top_k
@@ -98,11 +98,7 @@ class GEAR:
         lengths, rank = run_lengths(tokens.counts), self.rank if phase == "prefill" else self.rank_decode
         how = self.bits, self.group, self.sparsity, rank
         return GEARPart(
-            tokens.counts,
-            tokens.positions,
-            tokens.placed,
-            tokens.mass,
-            tokens.keys.dtype,
+            *books_of(tokens),
             Mended.of(tokens.keys, lengths, *how, by_token=False),
             Mended.of(tokens.values, lengths, *how, by_token=True),
         )

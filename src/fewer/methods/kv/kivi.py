@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fewer.bits import Packed, check_bits, packed_bytes
-from fewer.codec import Coded, Stores
+from fewer.codec import Coded, Stores, books_of
 from fewer.ragged import Counts, Ragged
 from fewer.reduce.select import top_k
 from fewer.types import Allocation, Budget, Card, FewerError, Phase, Plan, Tokens
@@ -88,11 +88,7 @@ class KIVI:
 
     def encode(self, tokens: Ragged, phase: Phase, signals: Mapping[type, Any]) -> "KIVIPart":
         return KIVIPart(
-            tokens.counts,
-            tokens.positions,
-            tokens.placed,
-            tokens.mass,
-            tokens.keys.dtype,
+            *books_of(tokens),
             Packed.of(tokens.keys, self.bits, tokens=self.group),
             Packed.of(tokens.values, self.bits, channels=self.group),
         )
