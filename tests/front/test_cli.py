@@ -114,7 +114,7 @@ def test_compare_on_a_users_own_file(
     assert code == 0
     rows = json.loads(out.splitlines()[-1])["rows"]
     assert {(r["method"], r["keep_asked"]) for r in rows} == {
-        ("full", 1.0), *((m, k) for m in ("random", "knorm", "adakv") for k in (0.5, 64)),
+        ("full", 1.0), *((m, k) for m in ("random", "uniform", "knorm", "adakv") for k in (0.5, 64)),
     }  # fmt: skip
     for row in rows:
         assert set(row) >= COLUMNS
@@ -210,7 +210,14 @@ def test_generate_and_compare_take_a_fit(fewer, model: str, fitted: str, own: st
         "--samples", "1", "--out", str(tmp_path / "out"), "--json",
     )  # fmt: skip
     assert code == 0
-    assert {row["method"] for row in json.loads(out.splitlines()[-1])["rows"]} == {"full", "kvzap", "kvzip", "knorm"}
+    assert {row["method"] for row in json.loads(out.splitlines()[-1])["rows"]} == {
+        "full",
+        "random",
+        "uniform",
+        "kvzap",
+        "kvzip",
+        "knorm",
+    }
 
 
 def test_a_fit_is_asked_for_in_one_line(fewer, model: str, fitted: str, tmp_path: Path) -> None:
