@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fewer.ragged import Heads, Part, even, runs
+from fewer.ragged import Block, Part, runs
 
 BLOCK_CELLS = 1 << 23
 """Most logits held at once (32 MB of float32)."""
@@ -77,33 +77,30 @@ def _block(
         else:
             seen = seen + mask
         capped = seen.view(b, h, -1, t)
-    if even(parts):
-        return _mix(grouped, parts, None, slice(None), capped, values, softcap).view(b, heads, q, values.shape[-1])
     out = values.new_empty(b, h, grouped.shape[2], values.shape[-1])
-    for at, run in runs(parts):
-        out[at, run] = _mix(grouped[at, run], parts, at, run, capped[at, run], values[at, run], softcap)
+    for at in runs(parts):
+        out[at] = _mix(grouped[at], parts, at, capped[at], values[at], softcap)
     return out.view(b, heads, q, values.shape[-1])
 
 
 def _mix(
     query: Tensor,
     parts: Sequence[Part],
-    row: int | None,
-    heads: Heads,
+    at: Block,
     tail: Tensor,
     values: Tensor,
     softcap: float | None,
 ) -> Tensor:
-    """One softmax over all parts and the tail, in float32."""
+    """One softmax over all parts and the tail, in float32, for the heads of a block."""
     logits = []
     for part in parts:
-        stored, bias = _cap(part.logits(query, row, heads), softcap), part.bias(row, heads)
+        stored, bias = _cap(part.logits(query, at), softcap), part.bias(at)
         logits.append(stored if bias is None else stored + bias)
     weights = torch.cat([*logits, tail], dim=-1).softmax(-1, dtype=torch.float32).to(values.dtype)
     *kept, last = torch.split(weights, [x.shape[-1] for x in (*logits, tail)], dim=-1)
     out: Tensor = last @ values
     for part, share in zip(parts, kept, strict=True):
-        out = out + part.mix(share, row, heads)
+        out = out + part.mix(share, at)
     return out
 
 

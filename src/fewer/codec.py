@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
-from fewer.ragged import Counts, Heads, Part, Ragged, bounds_of
+from fewer.ragged import Block, Bounds, Counts, Part, Ragged, bounds_of, extent
 from fewer.types import Phase
 
 POSITION_BYTES = 4
@@ -152,8 +152,8 @@ class Coded:
             )
         return (*self.counts, *other.counts), torch.cat([self.positions, other.positions]), placed, mass
 
-    def logits(self, query: Tensor, row: int | None, heads: Heads) -> Tensor:
-        start, end, lead = self._extent(row, heads)
+    def logits(self, query: Tensor, at: Block) -> Tensor:
+        start, end, *lead = extent(self, at)
         rows = query.reshape(math.prod(lead), *query.shape[-2:])  # (heads, m, d)
         out = rows.new_empty(*rows.shape[:2], (end - start) // len(rows))
         for some, tokens, first, last in self._pieces(start, *out.shape[::2]):
@@ -161,8 +161,8 @@ class Coded:
             out[some, :, tokens] = rows[some] @ keys.transpose(-1, -2)
         return out.view(*lead, *out.shape[1:])
 
-    def mix(self, weights: Tensor, row: int | None, heads: Heads) -> Tensor:
-        start, _, lead = self._extent(row, heads)
+    def mix(self, weights: Tensor, at: Block) -> Tensor:
+        start, _, *lead = extent(self, at)
         rows = weights.reshape(math.prod(lead), *weights.shape[-2:])  # (heads, m, k)
         out: list[Tensor] = []
         for some, tokens, first, last in self._pieces(start, *rows.shape[::2]):
@@ -189,21 +189,12 @@ class Coded:
                 last = min(head + step, heads)
                 yield slice(head, last), slice(0, count), start + head * count, start + last * count
 
-    def bias(self, row: int | None, heads: Heads) -> Tensor | None:
-        if self.mass is None:
-            return None
-        start, end, lead = self._extent(row, heads)
-        return self.mass[start:end].log().view(*lead, 1, -1)
-
-    def _extent(self, row: int | None, heads: Heads) -> tuple[int, int, tuple[int, ...]]:
-        """First and one-past-last entry, and the leading axes of the rectangle between them."""
-        if row is None:
-            return 0, len(self.positions), (len(self.counts), len(self.counts[0]))
-        bounds = self.bounds[row][heads]
-        return bounds[0][0], bounds[-1][1], (len(bounds),)
+    def bias(self, at: Block) -> Tensor | None:
+        start, end, *lead = extent(self, at)
+        return None if self.mass is None else self.mass[start:end].log().view(*lead, 1, -1)
 
     @cached_property
-    def bounds(self) -> list[list[tuple[int, int]]]:
+    def bounds(self) -> Bounds:
         """First and one-past-last entry of each row and head."""
         return bounds_of(self.counts)
 
@@ -230,9 +221,10 @@ def joined(parts: Sequence[Part], new: Part) -> Part | None:
     return last.join(new) if isinstance(last, Coded) and type(last) is type(new) else None
 
 
-def unpacked(part: Part, row: int | None, heads: Heads) -> int:
-    """Most entries that attention unpacks at once for these heads, which hold the same numbers."""
-    counts = [count for at in (part.counts if row is None else (part.counts[row],)) for count in at[heads]]
+def unpacked(part: Part, at: Block) -> int:
+    """Most entries that attention unpacks at once for this block."""
+    start, end, *lead = extent(part, at)
     if not isinstance(part, Coded):
-        return sum(counts)
-    return max(last - first for _, _, first, last in part._pieces(0, len(counts), counts[0]))
+        return end - start
+    heads = math.prod(lead)
+    return max(last - first for _, _, first, last in part._pieces(0, heads, (end - start) // heads))

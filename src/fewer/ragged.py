@@ -8,7 +8,7 @@ Ragged     the plain Part, in full precision
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -63,28 +63,32 @@ class Dense:
         return torch.ones(self.positions.shape, device=self.keys.device) if self.mass is None else self.mass
 
 
-Heads = slice
+Block = tuple[slice, slice]
+"""Some rows, and some heads of them: all heads if there is more than one row, so that their tokens are neighbours."""
 Counts = tuple[tuple[int, ...], ...]
+Bounds = list[list[tuple[int, int]]]
 
 
 @runtime_checkable
 class Part(Protocol):
-    """Tokens of every row and head, immutable. Where heads are asked for, all of them hold the same number of tokens;
-    `row=None` means all rows, where every head of every row does."""
+    """Tokens of every row and head, immutable. The heads of a block that is asked for all hold as many tokens."""
 
     @property
     def counts(self) -> Counts: ...
 
-    def logits(self, query: Tensor, row: int | None, heads: Heads) -> Tensor:
-        """Products `(.., m, k)` of queries `(.., m, d)` with the keys."""
+    @property
+    def bounds(self) -> Bounds: ...
+
+    def logits(self, query: Float[Tensor, "r h m d"], at: Block) -> Float[Tensor, "r h m k"]:
+        """Products of queries with the keys."""
         ...
 
-    def mix(self, weights: Tensor, row: int | None, heads: Heads) -> Tensor:
-        """The values `(.., m, e)` in these proportions `(.., m, k)`."""
+    def mix(self, weights: Float[Tensor, "r h m k"], at: Block) -> Float[Tensor, "r h m e"]:
+        """The values in these proportions."""
         ...
 
-    def bias(self, row: int | None, heads: Heads) -> Tensor | None:
-        """What is added to the logits, `(.., 1, k)`: the log of each token's mass."""
+    def bias(self, at: Block) -> Float[Tensor, "r h 1 k"] | None:
+        """What is added to the logits: the log of each token's mass."""
         ...
 
     def read(self) -> "Ragged":
@@ -100,7 +104,7 @@ class Part(Protocol):
     def metadata(self) -> int: ...
 
 
-def bounds_of(counts: Counts) -> list[list[tuple[int, int]]]:
+def bounds_of(counts: Counts) -> Bounds:
     """First and one-past-last entry of each row and head, one after the other."""
     end, out = 0, []
     for row in counts:
@@ -112,22 +116,29 @@ def bounds_of(counts: Counts) -> list[list[tuple[int, int]]]:
     return out
 
 
-def even(parts: Sequence[Part]) -> bool:
-    """Whether in each part all heads of all rows hold the same number of tokens."""
-    return all(len({count for row in part.counts for count in row}) == 1 for part in parts)
-
-
-def runs(parts: Sequence[Part]) -> list[tuple[int, Heads]]:
-    """Rows and neighbouring heads that hold the same numbers in every part: each is one product."""
-    out = []
-    for row in range(len(parts[0].counts)):
-        signature = [tuple(part.counts[row][head] for part in parts) for head in range(len(parts[0].counts[row]))]
-        start = 0
-        for _, group in groupby(signature):
-            end = start + len(list(group))
-            out.append((row, slice(start, end)))
-            start = end
+def runs(parts: Sequence[Part]) -> list[Block]:
+    """Neighbouring rows, or heads of a row, that hold the same numbers in every part: each is one product."""
+    out, row = [], 0
+    held = [tuple(zip(*counts, strict=True)) for counts in zip(*(part.counts for part in parts), strict=True)]
+    for heads, group in groupby(held):  # of a row, each head's numbers
+        rows = len(list(group))
+        if len(set(heads)) == 1:
+            out.append((slice(row, row + rows), slice(0, len(heads))))
+        else:
+            ends = [end for end in range(1, len(heads) + 1) if end == len(heads) or heads[end] != heads[end - 1]]
+            out += [
+                (slice(one, one + 1), slice(first, last))
+                for one in range(row, row + rows)
+                for first, last in pairwise([0, *ends])
+            ]
+        row += rows
     return out
+
+
+def extent(part: Part, at: Block) -> tuple[int, int, int, int]:
+    """First and one-past-last entry of a block, its rows and its heads."""
+    bounds = [spans[at[1]] for spans in part.bounds[at[0]]]
+    return bounds[0][0][0], bounds[-1][-1][1], len(bounds), len(bounds[0])
 
 
 @dataclass(frozen=True)
@@ -158,24 +169,22 @@ class Ragged:
             None if dense.mass is None else dense.mass[there],
         )
 
-    def logits(self, query: Tensor, row: int | None, heads: Heads) -> Tensor:
-        return query @ self._block(self.keys, row, heads).transpose(-1, -2)
+    def logits(self, query: Tensor, at: Block) -> Tensor:
+        return query @ self._block(self.keys, at).transpose(-1, -2)
 
-    def mix(self, weights: Tensor, row: int | None, heads: Heads) -> Tensor:
-        return weights @ self._block(self.values, row, heads)
+    def mix(self, weights: Tensor, at: Block) -> Tensor:
+        return weights @ self._block(self.values, at)
 
-    def bias(self, row: int | None, heads: Heads) -> Tensor | None:
-        return None if self.mass is None else self._block(self.mass.log().unsqueeze(-1), row, heads).transpose(-1, -2)
+    def bias(self, at: Block) -> Tensor | None:
+        return None if self.mass is None else self._block(self.mass.unsqueeze(-1), at).log().transpose(-1, -2)
 
     def read(self) -> "Ragged":
         return self
 
-    def _block(self, x: Tensor, row: int | None, heads: Heads) -> Tensor:
-        """These heads' entries of `x` `(total, f)`, as a rectangle: a view."""
-        if row is None:
-            return x.view(len(self.counts), len(self.counts[0]), -1, x.shape[-1])
-        bounds = self.bounds[row][heads]
-        return x[bounds[0][0] : bounds[-1][1]].view(len(bounds), -1, x.shape[-1])
+    def _block(self, x: Tensor, at: Block) -> Tensor:
+        """The block's entries of `x` `(total, f)`, as a rectangle: a view."""
+        start, end, rows, heads = extent(self, at)
+        return x[start:end].view(rows, heads, -1, x.shape[-1])
 
     def cut(self, block: int) -> "tuple[Ragged, Ragged]":
         """Each head's first tokens, as many as whole blocks hold, and the rest."""
@@ -188,7 +197,7 @@ class Ragged:
         return Ragged.pack(whole, moved=moved), Ragged.pack(rest, moved=moved)
 
     @cached_property
-    def bounds(self) -> list[list[tuple[int, int]]]:
+    def bounds(self) -> Bounds:
         """First and one-past-last entry of each row and head."""
         return bounds_of(self.counts)
 

@@ -20,7 +20,7 @@ CODECS: dict[str, Any] = {
     "gear-l": GEAR(2, GROUP, rank=2, sparsity=0.0, block=8),
 }
 EVEN, UNEVEN = ((32, 32), (32, 32)), ((16, 48), (0, 32))
-ALL = slice(None)
+ALL = (slice(None), slice(None))
 
 
 def plain(counts: Any, seed: int = 0, *, start: int = 0, placed: bool = False, mass: bool = False) -> Ragged:
@@ -62,19 +62,18 @@ def test_products_are_those_of_what_was_read(name: str, at_once: int, monkeypatc
     monkeypatch.setattr(codec, "UNPACKED_TOKENS", at_once)
     part = encode(name, plain(EVEN))
     read, query, weights = part.read(), torch.randn(2, 2, 3, D), torch.rand(2, 2, 3, 32)
-    torch.testing.assert_close(part.logits(query, None, ALL), read.logits(query, None, ALL))
-    torch.testing.assert_close(part.mix(weights, None, ALL), read.mix(weights, None, ALL))
-    for row, heads in ((0, ALL), (1, slice(1, 2))):
-        q, w = query[row, heads], weights[row, heads]
-        torch.testing.assert_close(part.logits(q, row, heads), read.logits(q, row, heads))
-        torch.testing.assert_close(part.mix(w, row, heads), read.mix(w, row, heads))
+    torch.testing.assert_close(part.logits(query, ALL), read.logits(query, ALL))
+    torch.testing.assert_close(part.mix(weights, ALL), read.mix(weights, ALL))
+    for at in ((slice(0, 1), slice(None)), (slice(1, 2), slice(1, 2))):
+        torch.testing.assert_close(part.logits(query[at], at), read.logits(query[at], at))
+        torch.testing.assert_close(part.mix(weights[at], at), read.mix(weights[at], at))
     part = encode(name, plain(UNEVEN))
     read = part.read()
     for row in range(2):
         for head, count in enumerate(UNEVEN[row]):
-            q, w, at = query[row, [head]], torch.rand(1, 3, count), slice(head, head + 1)
-            torch.testing.assert_close(part.logits(q, row, at), read.logits(q, row, at))
-            torch.testing.assert_close(part.mix(w, row, at), read.mix(w, row, at))
+            at, w = (slice(row, row + 1), slice(head, head + 1)), torch.rand(1, 1, 3, count)
+            torch.testing.assert_close(part.logits(query[at], at), read.logits(query[at], at))
+            torch.testing.assert_close(part.mix(w, at), read.mix(w, at))
 
 
 @pytest.mark.parametrize(("at_once", "expected"), [(1 << 14, 128), (40, 32), (70, 64), (20, 16), (8, 8), (1, 8)])
@@ -87,8 +86,8 @@ def test_no_more_is_unpacked_than_said(at_once: int, expected: int, monkeypatch:
         return torch.zeros(end - start, D)
 
     object.__setattr__(part, "keys", watched)
-    part.logits(torch.randn(2, 2, 1, D), None, ALL)
-    assert max(seen) == unpacked(part, None, ALL) == expected and sum(seen) == 128
+    part.logits(torch.randn(2, 2, 1, D), ALL)
+    assert max(seen) == unpacked(part, ALL) == expected and sum(seen) == 128
 
 
 @pytest.mark.parametrize("name", CODECS)
@@ -148,4 +147,4 @@ def test_parts_of_other_kinds_stay_apart() -> None:
     assert joined([encode("gear", tokens)], kivi) is None
     assert joined([KIVI(8, GROUP, 16).encode(tokens, "prefill", {})], kivi) is None
     assert joined([GEAR(4, GROUP, rank=2, block=16).encode(tokens, "prefill", {})], encode("gear", tokens)) is None
-    assert unpacked(tokens, 0, ALL) == 64
+    assert unpacked(tokens, (slice(0, 1), slice(None))) == 64

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fewer.ragged import Dense, Ragged
+from fewer.ragged import Dense, Ragged, extent, runs
 
 
 def rectangle(b: int = 2, h: int = 3, n: int = 6, d: int = 4, e: int = 2, seed: int = 0) -> Dense:
@@ -32,6 +32,12 @@ def only(dense: Dense, counts: tuple[tuple[int, ...], ...]) -> Dense:
 
 def packed(counts: tuple[tuple[int, ...], ...] = UNEVEN, moved: bool = False, seed: int = 0) -> Ragged:
     return Ragged.pack(only(rectangle(seed=seed), counts), moved=moved)
+
+
+def numbered(counts: tuple[tuple[int, ...], ...]) -> Ragged:
+    """Any number of rows; each entry's key is its place in storage."""
+    places = torch.arange(sum(map(sum, counts)))
+    return Ragged(places.float().unsqueeze(-1), places.float().unsqueeze(-1), places, counts)
 
 
 def same(a: Ragged, b: Ragged) -> None:
@@ -105,6 +111,22 @@ def test_even_heads_are_a_view() -> None:
     assert ragged.even == 4
     assert ragged.dense().keys.data_ptr() == ragged.keys.data_ptr()
     assert packed(((2, 2, 2), (2, 2, 3))).even is None
+
+
+def test_runs_are_what_one_product_can_read() -> None:
+    """Rows 0 and 1 hold 4 everywhere, row 2 is uneven, rows 3 and 4 are uneven in the same way, row 5 has 4 again."""
+    counts = ((4, 4, 4), (4, 4, 4), (2, 2, 5), (1, 3, 3), (1, 3, 3), (4, 4, 4))
+    part, every = numbered(counts), slice(0, 3)
+    expected = [
+        (slice(0, 2), every),
+        *((slice(2, 3), heads) for heads in (slice(0, 2), slice(2, 3))),
+        *((slice(row, row + 1), heads) for row in (3, 4) for heads in (slice(0, 1), slice(1, 3))),
+        (slice(5, 6), every),
+    ]
+    assert runs([part]) == expected
+    assert [extent(part, at) for at in expected[:3]] == [(0, 24, 2, 3), (24, 28, 1, 2), (28, 33, 1, 1)]
+    other = numbered(((1, 1, 1), (2, 2, 2)))
+    assert runs([numbered(counts[:2]), other]) == [(slice(0, 1), every), (slice(1, 2), every)]
 
 
 @pytest.mark.parametrize("moved", [False, True])

@@ -157,13 +157,13 @@ def test_products_are_those_of_what_is_read(counts: Sequence[Sequence[int]]) -> 
     for part in both(counts):
         plain = part.read()
         for row, head in ((0, 0), (0, 1), (2, 0)) if counts == UNEVEN else ((0, 1), (1, 0)):
-            at = slice(head, head + 1)
-            query, weights = normal(1, 3, D), normal(1, 3, counts[row][head])
-            torch.testing.assert_close(part.logits(query, row, at), plain.logits(query, row, at))
-            torch.testing.assert_close(part.mix(weights, row, at), plain.mix(weights, row, at))
+            at = slice(row, row + 1), slice(head, head + 1)
+            query, weights = normal(1, 1, 3, D), normal(1, 1, 3, counts[row][head])
+            torch.testing.assert_close(part.logits(query, at), plain.logits(query, at))
+            torch.testing.assert_close(part.mix(weights, at), plain.mix(weights, at))
     if counts == EVEN:
-        query = normal(2, 2, 3, D)
-        torch.testing.assert_close(part.logits(query, None, slice(None)), plain.logits(query, None, slice(None)))
+        query, everything = normal(2, 2, 3, D), (slice(None), slice(None))
+        torch.testing.assert_close(part.logits(query, everything), plain.logits(query, everything))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -20,7 +20,7 @@ from fewer.adapters.hf_read import read
 from fewer.adapters.hf_shorten import Passed, pass_on
 from fewer.codec import PairCodec, unpacked
 from fewer.compress import rate, settle
-from fewer.ragged import Dense, even, runs
+from fewer.ragged import Dense, runs
 from fewer.signals import EveryLayer, LayerScores, Step
 from fewer.types import FewerError, Method, Phase, Site, Tokens, UnsupportedModel
 
@@ -173,8 +173,7 @@ class Layer(Held):  # type: ignore[no-untyped-call]
 
     def _unpacked(self, key: Tensor, value: Tensor) -> int:
         """Most bytes that attention holds unpacked at once: the keys, or the values, of one part of one product."""
-        products = [(None, slice(None))] if even(self.parts) else runs(self.parts)
-        tokens = max(unpacked(part, row, heads) for part in self.coded for row, heads in products)
+        tokens = max(unpacked(part, at) for part in self.coded for at in runs(self.parts))
         return tokens * max(key.shape[-1], value.shape[-1]) * key.element_size()
 
     def _count(self, new: Tensor | None, b: int, q: int) -> None:

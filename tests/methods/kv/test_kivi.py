@@ -158,7 +158,7 @@ def test_the_dtype_is_kept(dtype: torch.dtype) -> None:
     part = encode(KIVI(8, group=16, residual=32), x, x)
     assert part.read().keys.dtype == part.read().values.dtype == dtype
     torch.testing.assert_close(part.read().keys, x, atol=0.03, rtol=0.02)
-    assert part.logits(x[None, :2], 0, slice(None)).dtype == dtype
+    assert part.logits(x[None, None, :2], (slice(None), slice(None))).dtype == dtype
 
 
 def test_as_a_method_it_keeps_everything() -> None:

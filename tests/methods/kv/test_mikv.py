@@ -13,6 +13,8 @@ from tests.methods.kv import naive
 from tests.methods.kv.build import SIZES, Row, decide, kept, place, random_row, same_alone_and_padded, same_in_chunks
 from tests.methods.kv.test_zipcache import important
 
+ALL = (slice(None), slice(None))
+
 
 def packed(keys: Tensor, bits: int, found: Maxima) -> TierPart:
     """Keys `(h, n, d)` of one row, stored with these maxima."""
@@ -34,7 +36,7 @@ def test_worked_example_of_the_balancer() -> None:
     part = packed(keys, 2, found)
     assert isinstance(part.held_keys, ByToken) and part.held_keys.channel is not None
     assert part.held_keys.channel.tolist() == [[4, 0.5]]
-    stored, read = part.held_keys.packed.tensor(), part.logits(query[:, :1], 0, slice(0, 1))
+    stored, read = part.held_keys.packed.tensor(), part.logits(query[None, :, :1], ALL)[0]
     torch.testing.assert_close(stored, torch.tensor([[4.0, 2], [2, 0]]), rtol=1e-3, atol=0)  # its scales are float16
     torch.testing.assert_close(read, torch.tensor([[[20.0, 8]]]), rtol=1e-3, atol=0)
 
@@ -108,7 +110,7 @@ def test_the_balancer_helps_where_a_channel_has_outliers(bits: int) -> None:
     found = place(MiKV(), Row(query, keys, keys)).signal(ChannelMaxima, Maxima)
     flat = Maxima(torch.ones_like(found.query), torch.ones_like(found.key))
     true = query @ keys.transpose(-1, -2)
-    off = [float((packed(keys, bits, m).logits(query, 0, slice(0, 1)) - true).square().mean()) for m in (found, flat)]
+    off = [float((packed(keys, bits, m).logits(query[None], ALL)[0] - true).square().mean()) for m in (found, flat)]
     assert off[0] < 0.2 * off[1]
 
 
@@ -117,7 +119,7 @@ def test_without_few_bits_logits_are_those_of_the_keys() -> None:
     query, keys = outlying()
     found = place(MiKV(), Row(query, keys, keys)).signal(ChannelMaxima, Maxima)
     true = query @ keys.transpose(-1, -2)
-    torch.testing.assert_close(packed(keys, 8, found).logits(query, 0, slice(0, 1)), true, rtol=0, atol=0.1)
+    torch.testing.assert_close(packed(keys, 8, found).logits(query[None], ALL)[0], true, rtol=0, atol=0.1)
 
 
 def held_back(bits: int, protect: int) -> Tokens:
