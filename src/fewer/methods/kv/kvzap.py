@@ -2,13 +2,14 @@
 
     once, for a model:  (h_j, log s_j) with s_j from KVzip on some text; a small head for each layer, log s = head(h)
     then, at each layer, as tokens are read:  predict log s for every key-value head, at prefill and while decoding
-    keep the sinks, and the top of all layers and heads together
+    keep the sinks and the window, and the top of all layers and heads together
 
 Reading the prompt again is what KVzip costs; this costs one small product a layer, and needs a fit (`fewer fit kvzap`).
 
 Differs from the paper: predicts KVzip's scores, not those of KVzip+, and without an instruction to repeat; keeps to a
-budget, where the paper evicts below a threshold; the last 32 tokens stay while decoding (in the paper always 128). The
-heads are smaller, fitted on far less text, and linear where that predicts held-out text better.
+budget, where the paper evicts below a threshold; the last 32 tokens stay, in the paper 128, which at a tenth of a short
+prompt would be all that stays. The heads are smaller, fitted on far less text, and linear where that predicts held-out
+text better.
 """
 
 from collections.abc import Callable, Sequence
@@ -46,7 +47,7 @@ class KVzap:
 
     Args:
         fit: the heads, from `fit_to`; `load` reads them from a file.
-        window: last tokens that stay while decoding.
+        window: last tokens that stay: what is asked comes last, and what was repeated of it says little of its use.
         across: share the budget among all layers and heads; else each keeps the same number.
     """
 
@@ -77,8 +78,7 @@ class KVzap:
         if tokens.site.phase == "decode":
             if bool(never.any()):
                 raise FewerError("KVzap rates tokens as they are read, so it must see the prompt too: use when='both'")
-            stays = stays | latest(tokens, self.window)
-        return must_stay(predicted, stays)
+        return must_stay(predicted, stays | latest(tokens, self.window))
 
     def allocate(self, tokens: Tokens, scores: Tensor, budget: Budget) -> Allocation:
         return across_layers(tokens, budget) if self.across else uniform(tokens, budget)
