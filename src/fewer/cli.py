@@ -89,7 +89,7 @@ def compare(
     keep: Annotated[str, typer.Option(help="Budgets, comma-separated: fractions, token counts or bytes.")] = "0.5,0.25",
     tasks: Annotated[str, typer.Option(help="Names, comma-separated, or 'all'.")] = "needle-single,text",
     tokens: Annotated[int, typer.Option(help="Length of a context in tokens.", min=64)] = 1000,
-    samples: Annotated[int, typer.Option(help="Samples of each task.", min=1)] = 20,
+    samples: Annotated[int, typer.Option(help="Samples of each task; of running text a third as many.", min=1)] = 20,
     seed: int = 0,
     data: Annotated[Path | None, typer.Option(help="Your own JSONL of context, question, answer, as the task.")] = None,
     unseen: Annotated[bool, typer.Option(help="With --data: hide the question from the compressor.")] = False,
@@ -129,11 +129,11 @@ def _compare(
 
     from fewer.models import load
     from fewer_eval import environment, report
-    from fewer_eval.runner import TEXT_SAMPLES, compare
+    from fewer_eval.runner import compare, samples_of
     from fewer_eval.schema import RunInfo
 
     model, tokenizer = load(model_name, say=err.print)
-    total = sum(min(samples, TEXT_SAMPLES) if task.kind == "text" else samples for task in tasks)
+    total = sum(samples_of(task, samples) for task in tasks)
     columns = (TextColumn("{task.description:24s}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=err) as progress:
         bar, started = progress.add_task("loading", total=total), [False]

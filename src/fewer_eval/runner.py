@@ -32,9 +32,6 @@ from fewer_eval.lines import YARDSTICKS
 from fewer_eval.schema import Question, Row
 from fewer_eval.tasks import Example, Task
 
-TEXT_SAMPLES = 2
-"""Most samples of running text: each holds over a hundred predictions, and they are read method by method."""
-
 GREEDY = 32
 """Tokens of the full model's greedy continuation that loyalty is measured on, on running text."""
 
@@ -92,6 +89,11 @@ class Comparison:
     notes: tuple[str, ...]
 
 
+def samples_of(task: Task, samples: int) -> int:
+    """A third of them on running text, rounded up: each holds over a hundred predictions, read method by method."""
+    return -(-samples // 3) if task.kind == "text" else samples
+
+
 @torch.inference_mode()
 def compare(
     model: PreTrainedModel,
@@ -112,7 +114,7 @@ def compare(
 
     Args:
         tokens: length of a context.
-        samples: samples of each task; of running text at most `TEXT_SAMPLES`.
+        samples: samples of each task, see `samples_of`.
         questions: whether the compressors see the question ("seen"), do not ("unseen"), or both.
         timed: measure a decoding step of each case too; else `decode_ms` is 0.
         tick: called with a word on each sample before it runs, for a progress bar.
@@ -129,8 +131,7 @@ def compare(
     bench = _Bench(model, tokenizer, cases, tuple(questions), timed, tick)
     rows: list[Row] = []
     for task in tasks:
-        n = min(samples, TEXT_SAMPLES) if task.kind == "text" else samples
-        tallies = bench.run(task, task.make(tokenizer, tokens, n, seed))
+        tallies = bench.run(task, task.make(tokenizer, tokens, samples_of(task, samples), seed))
         for (case, question), tally in tallies.items():
             rows.append(bench.row(case, question, tally, task, seed, tokens, model_name))
     return Comparison(rows, bench.kept, tuple(bench.notes))

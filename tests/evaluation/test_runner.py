@@ -63,9 +63,10 @@ def test_rows_of_a_comparison(tmp_path: Path) -> None:
     model = tiny("llama", vocab_size=257, eos_token_id=256, pad_token_id=256)
     ticks: list[str] = []
     done = compare(
-        model, tokenizer, [TALK, TEXT], ["random", "knorm"], [0.5, 64], tokens=100, samples=2, tick=ticks.append
+        model, tokenizer, [TALK, TEXT], ["random", "knorm"], [0.5, 64], tokens=100, samples=4, tick=ticks.append
     )
-    assert ticks == ["talk 1", "talk 2", "text 1", "text 2"]
+    assert ticks == ["talk 1", "talk 2", "talk 3", "talk 4", "text 1", "text 2"]
+    assert {(row.task, row.n) for row in done.rows} == {("talk", 4), ("text", 2)}  # of running text a third as many
     cases = {("full", 1.0), *((m, k) for m in ("random", "uniform", "knorm") for k in (0.5, 64))}
     assert {(r.method, r.keep_asked, r.question) for r in done.rows if r.task == "talk"} == {
         (m, k, q) for m, k in cases for q in ("seen", "unseen")

@@ -75,9 +75,8 @@ class KVzap:
         predicted = tokens.signal(Predicted, Tensor)
         never = (predicted == 0) & ~tokens.padding
         stays = never | (tokens.positions < SINKS)
-        if tokens.site.phase == "decode":
-            if bool(never.any()):
-                raise FewerError("KVzap rates tokens as they are read, so it must see the prompt too: use when='both'")
+        if tokens.site.phase == "decode" and bool(never.any()):
+            raise FewerError("KVzap rates tokens as they are read, so it must see the prompt too: use when='both'")
         return must_stay(predicted, stays | latest(tokens, self.window))
 
     def allocate(self, tokens: Tokens, scores: Tensor, budget: Budget) -> Allocation:
