@@ -376,6 +376,9 @@ def test_generate_with_beams(family: str) -> None:
 def test_chunks_are_shortened_one_by_one(family: str) -> None:
     """`generate` in chunks is single forwards of these chunks."""
     model = tiny(family)
+    chunked = model.generate(prompt(40), prefill_chunk_size=8, **GREEDY)
+    if not torch.equal(chunked, model.generate(prompt(40), **GREEDY)):
+        pytest.skip("this transformers gives every chunk the positions of the last one, with its own cache too (5.2.0)")
     ids, real = batch([40, 12, 33], "left", 10)
     with fewer.compress(model, FAST, keep=10) as run:
         together = model.generate(ids, attention_mask=real, prefill_chunk_size=8, **GREEDY)
