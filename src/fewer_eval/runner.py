@@ -62,7 +62,7 @@ class _Case:
     @property
     def alone(self) -> bool:
         """Whether it does something while it prefills or decodes, so that no other method's caches can stand in."""
-        return any(getattr(self.method, name, None) is not None for name in ("shortens", "reads"))
+        return any(getattr(self.method, name, None) is not None for name in ("shortens", "among", "reads"))
 
 
 @dataclass

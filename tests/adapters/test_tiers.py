@@ -18,17 +18,18 @@ from tests.adapters.common import cached, held
 from tests.adapters.emulate import assert_close, columns, difference, ours
 from tests.tiny import prompt, tiny
 
+# how ZipVL reads a prompt is tested in test_among.py
 METHODS: dict[str, Any] = {
     "zipcache": ZipCache(),
     "mikv": MiKV(),
     "mikv, all packed": MiKV(bits_important=8),
-    "zipvl": ZipVL(tau=0.8),
+    "zipvl": ZipVL(tau=0.8, dense=True),
 }
 FINE: dict[str, Any] = {
     "zipcache": ZipCache(bits_important=8, bits_others=8),
     "mikv": MiKV(bits_others=8),
     "mikv, all packed": MiKV(bits_important=8, bits_others=8),
-    "zipvl": ZipVL(tau=0.8, bits_important=8, bits_others=8),
+    "zipvl": ZipVL(tau=0.8, dense=True, bits_important=8, bits_others=8),
 }
 """In 8 bits, so that logits stay near those of the full cache."""
 NEAR = 0.03

@@ -189,10 +189,10 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         For comparisons: one prefill with a method that keeps everything and gathers what all of them need serves all.
         """
         policy = Policy.of(resolve(method), Budget.parse(keep), store=resolve_store(store))
-        if getattr(policy.method, "shortens", None) is not None:
+        if any(getattr(policy.method, name, None) is not None for name in ("shortens", "among")):
             raise FewerError(
-                f"{type(policy.method).__name__} shortens a prompt while it is read, so it cannot be tried on a cache "
-                f"that was read already; make a cache with it"
+                f"{type(policy.method).__name__} skips parts of a prompt while it is read, so it cannot be tried on a "
+                f"cache that was read already; make a cache with it"
             )
         other = Cache.within(self.shared.host, policy)
         mine = self.shared.members

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fewer import attention
+from fewer.adapters.hf_among import attend_among, takes_part
 from fewer.adapters.hf_bind import MARK
 from fewer.adapters.hf_held import Held
 from fewer.adapters.hf_policy import Policy
@@ -112,13 +113,15 @@ class Layer(Held):  # type: ignore[no-untyped-call]
         scaling = d**-0.5 if scaling is None else scaling
         if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
             raise UnsupportedModel(f"layer {self.index} attends with learned sinks or biases, which fewer cannot yet")
-        out = self._attended(own, query, key, value, mask, scaling, softcap, kwargs)
         shared, policy = self.shared, self.shared.policy
+        some = takes_part(self, q)
+        out = None if some else self._attended(own, query, key, value, mask, scaling, softcap, kwargs)
         last = self.place == shared.layers - 1
         if shared.probing:
             self._probe(query, key, mask, scaling, softcap)
             if last:
                 shared.forget()
+            assert out is not None, "a probing forward attends to everything"
             return out
         passed = shared.passed
         phase = shared.phase(q if passed is None else passed.total, self.length)
@@ -128,6 +131,8 @@ class Layer(Held):  # type: ignore[no-untyped-call]
             self._count_passed(passed, b, q)
         if policy.covers(phase) and not shared.frozen:
             self._observe(query, scaling, softcap)
+            if some:  # who takes part is seen from what was observed
+                out = attend_among(self, query, key, value, scaling, softcap), None
             if phase == "prefill" and passed is None:
                 pass_on(self, shared.padding(mask, b, q), q)
             self.since = 0 if phase == "prefill" else self.since + 1
@@ -144,6 +149,7 @@ class Layer(Held):  # type: ignore[no-untyped-call]
             shared.forget()
             if phase == "decode":
                 shared.step_seconds = self._clock() - shared.started
+        assert out is not None
         return out
 
     def _attended(

@@ -2,17 +2,19 @@
 
     a_j = attention of the probes to j, summed              s_j = a_j / queries of the prompt that see j
     p   = the least number, one for a layer, for which its heads' p largest a add up to tau * sum_j a_j
-    the p tokens of largest s are important: v1 packs them in 4 bits and the others in 2; v2 drops the others
+    the p tokens of largest s are important: only they attend, and only to each other, while the prompt is read;
+    then v1 packs them in 4 bits and the others in 2, and v2 drops the others
 
 `keep` is a ceiling for variant "drop": a layer keeps p tokens or what `keep` allows, whichever is less, and everything
 at 1.0; say 0.99 to let tau decide alone. Variant "quantise" keeps every token, and `keep` must be 1.0.
 
-Differs from the paper: the prefill itself is dense. ZipVL attends among the important tokens only while it reads the
-prompt, which makes it faster and changes what later layers see; here the choice is made after a layer has attended, so
-nothing is saved before the cache is. Read from descriptions, not from code: each key-value head picks p tokens of its
-own, probes are ZipCache's (5 % last, 5 % drawn), and so are the forms of storage. Decoded tokens stay as they are.
+Differs from the paper: read from descriptions, not from code. Each key-value head picks p tokens of its own; the
+prompt's last token always attends, since the answer starts from it; a layer's attention leaves tokens that do not
+attend as they were. Probes are ZipCache's (5 % last, 5 % drawn), and so are the forms of storage. Later chunks and
+turns are read densely. Decoded tokens stay as they are.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -23,6 +25,7 @@ from fewer.allocate.uniform import uniform
 from fewer.codec import Stores
 from fewer.reduce.select import top_k
 from fewer.reduce.tiers import fresh, two_tiers
+from fewer.score.position import latest, must_stay
 from fewer.score.probes import onlookers, probe_attention
 from fewer.signals import Probes
 from fewer.tiers import ChannelSeparable
@@ -39,6 +42,7 @@ class ZipVL:
         bits_important, bits_others: 2, 3, 4 or 8; not used by "drop".
         probes: share of the last queries that probe; as many are drawn from the others.
         seed: of the draw.
+        dense: read the prompt with full attention, and only store less.
     """
 
     tau: float = 0.975
@@ -47,12 +51,13 @@ class ZipVL:
     bits_others: int = 2
     probes: float = 0.05
     seed: int = 0
+    dense: bool = False
 
     card: ClassVar[Card] = Card(
         source="arXiv 2410.08584",
         faithfulness="style",
         mechanism="quantise",
-        differs="the prefill is dense: only the cache is mixed or cut, not the attention while reading the prompt",
+        differs="heads choose tokens of their own; the last always attends; later chunks and turns are read densely",
         slugs=("zipvl",),
     )
 
@@ -84,6 +89,14 @@ class ZipVL:
             return top_k(scores, allocation)
         needed = torch.minimum(self._needed(tokens, scores), fresh(tokens).sum(-1))
         return two_tiers(tokens, top_k(torch.where(fresh(tokens), scores, -torch.inf), Allocation(needed)))
+
+    @property
+    def among(self) -> Callable[[Tokens, Tensor], Plan] | None:
+        """Who takes part in the attention to a prompt, if not all do."""
+        return None if self.dense else self._important
+
+    def _important(self, tokens: Tokens, scores: Tensor) -> Plan:
+        return top_k(must_stay(scores, latest(tokens, 1)), Allocation(self._needed(tokens, scores)))
 
     def _needed(self, tokens: Tokens, scores: Tensor) -> Tensor:
         """The least number of fresh tokens that hold tau of what all fresh tokens got: `(b, h)`, the same for all h."""
