@@ -49,13 +49,19 @@ class Unit:
 
 
 def plan() -> list[Unit]:
-    """What is to be measured, what tells most first."""
-    wanted = [("needle-single", 1000, 5, 10), ("text", 1000, 6, 4)]  # a third of them on running text
-    wanted += [("needle-single", tokens, 2, 10) for tokens in (2000, 4000)]
+    """What is to be measured, what tells most first; kinds in one list take turns."""
+    kinds = [[("needle-single", 1000, 5, 10), ("text", 1000, 6, 4)]]  # of running text a third of the samples
+    kinds += [[("needle-single", tokens, 2, 10) for tokens in (2000, 4000)]]
     for task in ("needle-multikey", "needle-multivalue"):
-        wanted += [(task, 1000, 5, 10), (task, 2000, 2, 10), (task, 4000, 2, 10)]
-    wanted += [("text", tokens, 6, 2) for tokens in (2000, 4000)]
-    return [Unit(task, tokens, size, seed) for task, tokens, size, count in wanted for seed in range(count)]
+        kinds += [[(task, 1000, 5, 10)], [(task, 2000, 2, 10), (task, 4000, 2, 10)]]
+    kinds += [[("text", tokens, 6, 2) for tokens in (2000, 4000)]]
+    return [
+        Unit(task, tokens, size, seed)
+        for turns in kinds
+        for seed in range(10)
+        for task, tokens, size, count in turns
+        if seed < count
+    ]
 
 
 def methods(fit_files: list[Path]) -> list[Any]:
