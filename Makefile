@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 PEER := .venv-kvpress
+FITS := out/kvzap.fit out/razorattention.fit out/compresskv.fit
 
 .PHONY: demo test test-oldest check bench evidence docs clean
 
@@ -25,8 +26,12 @@ bench: $(VENV)/.installed $(PEER)/.installed  ## speed and bytes beside kvpress 
 	$(BIN)/python benchmarks/kv.py --part storage
 	$(BIN)/python benchmarks/kv.py --part prefill
 
-evidence: $(VENV)/.installed  ## every cache method at every budget and length: results/kv-smollm2.json (hours; goes on where it stopped)
-	$(BIN)/python scripts/evidence.py
+evidence: $(FITS)  ## every cache method at every budget and length: results/kv-smollm2.json (hours; goes on where it stopped)
+	$(BIN)/python scripts/evidence.py $(addprefix --fit ,$(FITS))
+
+out/%.fit: | $(VENV)/.installed
+	mkdir -p out
+	$(BIN)/fewer fit $* --out $@
 
 docs: $(VENV)/.installed  ## write the generated parts of the README anew
 	$(BIN)/python scripts/readme.py
