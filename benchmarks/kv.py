@@ -41,6 +41,7 @@ from fewer.methods.kv.fastkv import FastKV
 from fewer.methods.kv.kivi import KIVI
 from fewer.methods.kv.knorm import KNorm
 from fewer.methods.kv.snapkv import SnapKV
+from fewer.ragged import extent
 from fewer_eval import environment, text
 
 KEEP = 0.25
@@ -168,20 +169,20 @@ class Unpacked:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.part, name)
 
-    def logits(self, query: Any, row: Any, heads: Any) -> Any:
-        start, end, lead = self.part._extent(row, heads)
+    def logits(self, query: Any, at: Any) -> Any:
+        start, end, *lead = extent(self.part, at)
         keys = self.part.keys(0, len(self.part.positions))[start:end]
         return query @ keys.view(*lead, -1, keys.shape[-1]).transpose(-1, -2)
 
-    def mix(self, weights: Any, row: Any, heads: Any) -> Any:
-        start, end, lead = self.part._extent(row, heads)
+    def mix(self, weights: Any, at: Any) -> Any:
+        start, end, *lead = extent(self.part, at)
         values = self.part.values(0, len(self.part.positions))[start:end]
         return weights @ values.view(*lead, -1, values.shape[-1])
 
 
 @torch.inference_mode()
 def storage(model: Any, ids: torch.Tensor, repeats: int) -> dict[str, dict[str, Any]]:
-    """Decoding steps and held bytes of packed caches over the full cache's, each pair timed in turn."""
+    """Decoding steps and held bytes of packed caches over the full cache's."""
     from transformers import QuantizedCache
 
     def plain() -> Any:
@@ -214,25 +215,23 @@ def storage(model: Any, ids: torch.Tensor, repeats: int) -> dict[str, dict[str, 
         raise SystemExit(f"kivi in 8 bits is {off:.2f} off the full cache's logits: nothing is timed")
     print(f"largest difference of a logit in 8 bits: {off:.3f}")
     del exact
-    results = {}
-    for name, make in {"kivi-4bit": kivi, "kivi-4bit, unpacked first": unpacked, "quanto 4 bit": quanto}.items():
-        pairs, bytes_ratio = [], 0.0
-        for _ in range(repeats):
-            full = plain()
-            full_bytes, full_step = held(full), decode(model, ids, full)
-            del full
-            cache = make()
-            bytes_ratio = held(cache) / full_bytes
-            with fewer.Cache(model, "full"):  # the attention function of packed caches; others pass it by
-                step = decode(model, ids, cache)
-            pairs.append((step, full_step))
-        results[name] = {
-            "decode_ratio": statistics.median(a / b for a, b in pairs),
-            "decode_ms": statistics.median(a for a, _ in pairs) * 1000,
-            "decode_full_ms": statistics.median(b for _, b in pairs) * 1000,
-            "held_ratio": bytes_ratio,
+    full = plain()
+    caches = {"kivi-4bit": kivi(), "kivi-4bit, unpacked first": unpacked(), "quanto 4 bit": quanto()}
+    sizes, full_size = {name: held(cache) for name, cache in caches.items()}, held(full)
+    rounds = []
+    for _ in range(repeats):  # all in turn, so that a clock that drifts is no one's advantage
+        full_step = decode(model, ids, full)
+        with fewer.Cache(model, "full"):  # the attention function of packed caches; others pass it by
+            rounds.append((full_step, {name: decode(model, ids, cache) for name, cache in caches.items()}))
+    return {
+        name: {
+            "decode_ratio": statistics.median(steps[name] / full_step for full_step, steps in rounds),
+            "decode_ms": statistics.median(steps[name] for _, steps in rounds) * 1000,
+            "decode_full_ms": statistics.median(full_step for full_step, _ in rounds) * 1000,
+            "held_ratio": sizes[name] / full_size,
         }
-    return results
+        for name in caches
+    }
 
 
 @torch.inference_mode()

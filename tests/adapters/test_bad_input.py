@@ -8,6 +8,10 @@ import torch
 from transformers import DynamicCache
 
 import fewer
+from fewer.methods.kv.adakv import AdaKV
+from fewer.methods.kv.lagkv import LagKV
+from fewer.methods.kv.snapkv import SnapKV
+from fewer.methods.kv.streaming_llm import StreamingLLM
 from fewer.types import BudgetError, FewerError, FewerWarning, UnknownName, UnsupportedModel
 from tests.adapters.common import SNAP, cached, refused, untouched
 from tests.adapters.emulate import assert_close
@@ -156,6 +160,34 @@ def test_bytes_below_a_single_token() -> None:
         cached(model, cache, prompt(30))
         assert cache.report.layers[0].kept == ((1, 1),)
         assert cache.report.bytes_kept == one
+
+
+FLOORS: dict[str, tuple[Any, int]] = {
+    "snapkv": (SnapKV(window=8), 8),
+    "streaming-llm": (StreamingLLM(sinks=6, positions="original"), 6),
+    "lagkv": (LagKV(lag=8, sinks=5), 5),
+    "adakv": (AdaKV(SnapKV(window=7)), 7),
+}
+
+
+@pytest.mark.parametrize("name", FLOORS)
+def test_bytes_below_what_a_method_always_keeps(name: str) -> None:
+    """Its sinks and its window: enough bytes for them are taken, one fewer are refused, and the error says how many."""
+    (method, always), model = FLOORS[name], tiny("llama")
+    floor = always * 3 * 2 * (2 * 16 * 4 + 4)
+    with fewer.Cache(model, method, keep=f"{floor}B") as cache:
+        cached(model, cache, prompt(40))
+        assert cache.report.bytes_kept <= floor
+    short = (
+        rf"keep='{floor - 1}B' holds {always - 1} tokens a head, and {type(method).__name__} always keeps {always} "
+        rf"\(sinks, window\), which take {floor:,} bytes"
+    )
+    with (
+        untouched(model, prompt(40)),
+        pytest.raises(BudgetError, match=short),
+        fewer.compress(model, method, keep=f"{floor - 1}B"),
+    ):
+        model(prompt(40))
 
 
 def test_training_with_dropout_says_so() -> None:

@@ -102,15 +102,15 @@ def test_the_peak_holds_one_layer_whole(method: str, keep: float) -> None:
 
 
 def test_while_a_layer_is_compressed_only_that_one_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    import fewer.adapters.hf_layer as hf_layer
+    import fewer.adapters.hf_decide as hf_decide
 
-    model, step, sizes = tiny("llama", num_hidden_layers=5), hf_layer.settle, []
+    model, step, sizes = tiny("llama", num_hidden_layers=5), hf_decide.settle, []
 
     def watched(*args: Any) -> Any:
         sizes.append([layer.keys.shape[2] if layer.is_initialized else 0 for layer in cache.layers])
         return step(*args)
 
-    monkeypatch.setattr(hf_layer, "settle", watched)
+    monkeypatch.setattr(hf_decide, "settle", watched)
     with fewer.Cache(model, ADA, keep=0.25) as cache:
         cached(model, cache, prompt(N))
     assert [sum(size == N for size in row) for row in sizes] == [1] * 5

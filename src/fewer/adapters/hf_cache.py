@@ -18,7 +18,8 @@ from transformers import PreTrainedModel, cache_utils
 
 from fewer.adapters import hf_save, hf_shorten
 from fewer.adapters.hf_bind import Host
-from fewer.adapters.hf_layer import Layer, compress
+from fewer.adapters.hf_decide import compress
+from fewer.adapters.hf_layer import Layer
 from fewer.adapters.hf_policy import Policy, Shared
 from fewer.methods import name_of, resolve, resolve_store
 from fewer.report import LayerReport, Report

@@ -5,8 +5,7 @@ model forward -> Layer.update (stores, marks) -> attention function -> Layer.att
                                                  Tokens -> step() -> Plan -> Parts (packed, the rest is freed)
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,14 +14,14 @@ from torch import Tensor
 from fewer import attention
 from fewer.adapters.hf_among import attend_among, takes_part
 from fewer.adapters.hf_bind import MARK
+from fewer.adapters.hf_decide import compress
 from fewer.adapters.hf_held import Held
 from fewer.adapters.hf_policy import Policy
 from fewer.adapters.hf_read import read
 from fewer.adapters.hf_shorten import Passed, pass_on
-from fewer.codec import PairCodec, unpacked
-from fewer.compress import rate, settle
+from fewer.codec import unpacked
 from fewer.ragged import Dense, runs
-from fewer.signals import EveryLayer, LayerScores, Step
+from fewer.signals import Step
 from fewer.types import FewerError, Method, Phase, Site, Tokens, UnsupportedModel
 
 
@@ -291,44 +290,3 @@ class Layer(Held):  # type: ignore[no-untyped-call]
         b, h, _, d = self.keys.shape
         e, size, places = self.values.shape[-1], self.keys.element_size(), b * h * self.shared.layers
         return lambda tokens: int(places * policy.bytes_for(tokens, d, e, size))
-
-
-@torch.no_grad()
-def compress(sources: Sequence[Layer], targets: Sequence[Layer], phase: Phase) -> None:
-    """Decide for what the sources hold, together, by the targets' policy, and have the targets hold what is left.
-
-    They are the same layers, or the targets are copies that another policy is tried on.
-    """
-    policy = targets[0].shared.policy
-    for layer in targets:
-        layer.due = phase
-    if not policy.idle:
-        start = sources[0]._clock()
-        budget = policy.budget.within(sources[0].cost(policy))
-        looked = [source.look(policy.method, phase) for source in sources]
-        rated = [rate(policy.method, tokens) for tokens, _, _ in looked]
-        every: dict[type, Any] = {EveryLayer: LayerScores(tuple(rated))}
-        for target, (tokens, dense, order), scores in zip(targets, looked, rated, strict=True):
-            tokens = replace(tokens, signals={**tokens.signals, **every})
-            plan = settle(policy.method, budget, tokens, scores)
-            target.taken(target._take(plan, dense, order, budget, tokens.signals))
-        if policy.pairs is not None:
-            couples = policy.pairs.couples(len(targets))
-            for lower, upper in couples:
-                _couple(targets[lower], targets[upper], policy.pairs)
-            if not couples:
-                targets[0].shared.note(f"of {len(targets)} layers none are held in pairs: there are too few")
-        took = sources[0]._clock() - start
-        for layer in targets:
-            layer.seconds += took / len(targets)
-    for layer in targets:
-        layer.due = None
-
-
-def _couple(lower: Layer, upper: Layer, pairs: PairCodec) -> None:
-    """Hold what both layers were just left with as one. It stays where it is in storage: behind what was coded."""
-    if lower.kept is None or upper.kept is None:  # nothing new
-        return
-    for layer, part in zip((lower, upper), pairs.encode_pair(lower.kept, upper.kept), strict=True):
-        layer.coded, layer.kept = (*layer.coded, part), None
-        layer._weigh()

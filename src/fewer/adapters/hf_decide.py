@@ -1,0 +1,73 @@
+"""One decision, carried out: what layers hold -> scores -> plans -> what they hold from now on."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fewer.adapters.hf_policy import Policy
+from fewer.codec import PairCodec
+from fewer.compress import rate, settle
+from fewer.score.position import FORCED
+from fewer.signals import EveryLayer, LayerScores
+from fewer.types import Budget, BudgetError, Phase
+
+if TYPE_CHECKING:
+    from fewer.adapters.hf_layer import Layer
+
+
+@torch.no_grad()
+def compress(sources: "Sequence[Layer]", targets: "Sequence[Layer]", phase: Phase) -> None:
+    """Decide for what the sources hold, together, by the targets' policy, and have the targets hold what is left.
+
+    They are the same layers, or the targets are copies that another policy is tried on.
+    """
+    policy = targets[0].shared.policy
+    for layer in targets:
+        layer.due = phase
+    if not policy.idle:
+        start = sources[0]._clock()
+        budget = policy.budget.within(sources[0].cost(policy))
+        looked = [source.look(policy.method, phase) for source in sources]
+        rated = [rate(policy.method, tokens) for tokens, _, _ in looked]
+        _room(policy, budget, rated, sources[0].cost(policy))
+        every: dict[type, Any] = {EveryLayer: LayerScores(tuple(rated))}
+        for target, (tokens, dense, order), scores in zip(targets, looked, rated, strict=True):
+            tokens = replace(tokens, signals={**tokens.signals, **every})
+            plan = settle(policy.method, budget, tokens, scores)
+            target.taken(target._take(plan, dense, order, budget, tokens.signals))
+        if policy.pairs is not None:
+            couples = policy.pairs.couples(len(targets))
+            for lower, upper in couples:
+                _couple(targets[lower], targets[upper], policy.pairs)
+            if not couples:
+                targets[0].shared.note(f"of {len(targets)} layers none are held in pairs: there are too few")
+        took = sources[0]._clock() - start
+        for layer in targets:
+            layer.seconds += took / len(targets)
+    for layer in targets:
+        layer.due = None
+
+
+def _room(policy: Policy, budget: Budget, rated: Sequence[Tensor], cost: Callable[[int], int]) -> None:
+    """Bytes are what a user has: where they do not hold what the method always keeps, say so instead of dropping it."""
+    if policy.budget.size is None or budget.tokens is None:
+        return
+    always = max(int((scores == FORCED).sum(-1).max()) for scores in rated)
+    if always > budget.tokens:
+        raise BudgetError(
+            f"keep={budget.keep!r} holds {budget.tokens} tokens a head, and {type(policy.method).__name__} always "
+            f"keeps {always} (sinks, window), which take {cost(always):,} bytes; ask for at least that, or for fewer "
+            f"of them"
+        )
+
+
+def _couple(lower: "Layer", upper: "Layer", pairs: PairCodec) -> None:
+    """Hold what both layers were just left with as one. It stays where it is in storage: behind what was coded."""
+    if lower.kept is None or upper.kept is None:  # nothing new
+        return
+    for layer, part in zip((lower, upper), pairs.encode_pair(lower.kept, upper.kept), strict=True):
+        layer.coded, layer.kept = (*layer.coded, part), None
+        layer._weigh()
