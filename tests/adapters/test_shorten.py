@@ -490,7 +490,7 @@ def test_a_cache_that_was_read_already_is_refused() -> None:
     model = tiny("llama")
     with fewer.Cache(model, "full") as cache:
         cached(model, cache, prompt(40))
-        with pytest.raises(FewerError, match="FastKV shortens a prompt while it is read"):
+        with pytest.raises(FewerError, match="FastKV skips parts of a prompt while it is read"):
             cache.under(FAST, 0.25)
 
 

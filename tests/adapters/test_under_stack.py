@@ -43,7 +43,7 @@ def everything_kept(cache: Any) -> list[Any]:
     return [kept_positions(cache, index) for index in ours(cache)]
 
 
-@pytest.mark.parametrize("keep", [0.25, 17, "12KB"])
+@pytest.mark.parametrize("keep", [0.25, 17, "16KB"])
 @pytest.mark.parametrize(("family", "method"), PAIRS)
 def test_under_is_compressing_in_line(family: str, method: str, keep: Any) -> None:
     model = tiny(family)
