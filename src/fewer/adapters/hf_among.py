@@ -42,9 +42,9 @@ def attend_among(
     plan = method.among(tokens, rate(method, tokens))
     plan.check(tokens.padding)
     there = plan.survivors >= 0
-    columns = torch.where(there, order.gather(2, plan.survivors.clamp(min=0)), q).sort(-1).values  # (b, h, k)
+    columns = torch.where(there, order.gather(2, plan.survivors.clamp(min=0)), q)  # (b, h, k)
     layer.seconds += layer._clock() - start
-    # what fills up shorter heads stands last, so that with causal attention nobody else sees it
+    # in a plan what fills up shorter heads stands last, so with causal attention nobody else sees it
     at = columns.clamp(max=q - 1).unsqueeze(-1)
     keys, values = (x.gather(2, at.expand(-1, -1, -1, x.shape[-1])) for x in (key, value))
     wide = at.unsqueeze(2).expand(b, h, heads // h, columns.shape[-1], 1)  # query heads of a group share a key head
