@@ -21,9 +21,9 @@ test-oldest: $(OLDEST)/.installed  ## the tests on the oldest transformers that 
 	scripts/test-oldest
 
 bench: $(VENV)/.installed $(PEER)/.installed  ## speed and bytes beside kvpress and transformers' quantised cache
-	$(BIN)/python benchmarks/kv.py --peer $(PEER)/bin/python
+	$(BIN)/python benchmarks/kv.py --peer $(PEER)/bin/python --repeats 4
 	scripts/install $(VENV) -e '.[dev,bench]'
-	$(BIN)/python benchmarks/kv.py --part storage
+	$(BIN)/python benchmarks/kv.py --part storage --repeats 10
 	$(BIN)/python benchmarks/kv.py --part prefill
 
 evidence: $(FITS)  ## every cache method at every budget and length: results/kv-smollm2.json (hours; goes on where it stopped)

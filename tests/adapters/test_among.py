@@ -92,7 +92,7 @@ def test_rows_are_the_same_alone_and_in_a_batch(method: Any, side: str) -> None:
 
 
 def test_what_comes_later_attends_to_everything_that_is_held() -> None:
-    """The second turn of a cache that keeps all bytes and reads it densely is a plain forward over what is held."""
+    """A second turn is read densely: all at once is the same as token by token."""
     model, (first, second, *_) = tiny("llama"), turns()
     with fewer.Cache(model, ZipVL(variant="drop", tau=0.5), 0.99) as cache:
         with pytest.warns(FewerWarning, match="tau"):
