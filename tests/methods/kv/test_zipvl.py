@@ -46,6 +46,16 @@ def test_dropping_keep_is_a_ceiling(keep: float, left: list[int]) -> None:
     assert ("tau" in plan.note) == (keep in (0.99, 0.6))  # it keeps fewer than it was allowed
 
 
+def test_the_last_token_attends_whatever_it_is_worth() -> None:
+    """Keys ln 40, 1, 1, 2, 1: one token is needed for a half, and by worth, 40/5, 1/4, 1/3, 2/2, 1/1, it is the first."""
+    keys = torch.tensor([[[40.0], [1], [1], [2], [1]]]).log()
+    method = ZipVL(tau=0.5, probes=0.1)
+    tokens = place(method, Row(torch.ones(1, 5, 1), keys, keys))
+    assert important(tokens, decide(method, 1.0, tokens)) == [[0]]
+    assert method.among is not None and kept(tokens, method.among(tokens, method.score(tokens))) == [[4]]
+    assert ZipVL(dense=True).among is None
+
+
 def needed(method: ZipVL, row: Row, probes: list[int]) -> int:
     """The least p for which the heads' p largest sums are tau of all."""
     h, n = row.keys.shape[:2]
