@@ -47,7 +47,7 @@ def test_dropping_keep_is_a_ceiling(keep: float, left: list[int]) -> None:
 
 
 def test_the_last_token_attends_whatever_it_is_worth() -> None:
-    """Keys ln 40, 1, 1, 2, 1: one token is needed for a half, and by worth, 40/5, 1/4, 1/3, 2/2, 1/1, it is the first."""
+    """Keys ln 40, 1, 1, 2, 1: a half needs one token, and by worth, 40/5, 1/4, 1/3, 2/2, 1/1, it is the first."""
     keys = torch.tensor([[[40.0], [1], [1], [2], [1]]]).log()
     method = ZipVL(tau=0.5, probes=0.1)
     tokens = place(method, Row(torch.ones(1, 5, 1), keys, keys))
