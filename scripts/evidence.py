@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fewer import fit as fits
 from fewer import models
-from fewer.methods import METHODS, resolve
+from fewer.methods import of_family, resolve
 from fewer_eval import environment, report
 from fewer_eval.runner import compare
 from fewer_eval.schema import Row
@@ -68,7 +68,7 @@ def methods(fit_files: list[Path]) -> list[Any]:
     """Every registered method, those that want a fit only where one is given, and the mixes."""
     given = {fit.method: fit for fit in map(fits.load, fit_files)}
     chosen: list[Any] = []
-    for name, known in METHODS.items():
+    for name, known in of_family("kv").items():
         if not fits.wants(known):
             chosen.append(name)
         elif name in given:

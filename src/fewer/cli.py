@@ -12,7 +12,7 @@ from rich.table import Table
 
 from fewer import fit as fits
 from fewer.compress import compress
-from fewer.methods import METHODS, resolve
+from fewer.methods import METHODS, family_of, of_family, resolve
 from fewer.types import Budget, FewerError, Keep, UnknownName
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def describe(name: str) -> dict[str, Any]:
     card = cls.card
     return {
         "name": name,
-        "family": cls.__module__.split(".")[2],
+        "family": family_of(cls),
         "mechanism": card.mechanism,
         "training": card.training,
         "needs": sorted(type(need).__name__.lower() for need in method.needs),
@@ -53,7 +53,7 @@ def methods(
     families = sorted({method["family"] for method in found})
     if family is not None and family not in families:
         raise UnknownName(f"--family {family!r}: known families are {', '.join(families)}")
-    found = [method for method in found if family in (None, method["family"])]
+    found = [method for method in found if family is None or method["family"] in (family, "any")]
     if as_json:
         print(json.dumps(found))  # noqa: T201  # plain, for machines: rich would wrap it
         return
@@ -303,8 +303,8 @@ def _fitted(names: list[str], files: list[Path] | None) -> list[Any]:
     """The methods of these names, or all of them, each with its fit where one was given."""
     given = {fit.method: fit for fit in map(fits.load, files or [])}
     if names == ["all"]:
-        left = [name for name, known in METHODS.items() if fits.wants(known) and name not in given]
-        names = [name for name in METHODS if name not in left]
+        left = [name for name, known in of_family("kv").items() if fits.wants(known) and name not in given]
+        names = [name for name in of_family("kv") if name not in left]
         if left:
             err.print(f"left out, since they want a --fit: {', '.join(left)}", highlight=False)
     if spare := sorted(given.keys() - set(names)):

@@ -3,48 +3,53 @@
 score  ->  allocate  ->  reduce  ->  (the host applies the plan)
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fewer.adapters import encoder_blocks
 from fewer.methods import resolve, resolve_store
-from fewer.types import Budget, BudgetError, FewerError, Keep, Method, Plan, Tokens
+from fewer.types import Budget, BudgetError, FewerError, Keep, Matching, Method, Reduction, Tokens
 
 if TYPE_CHECKING:
-    from fewer.adapters.hf_cache import Run
     from fewer.codec import Codec
 
 
-def step(method: Method, budget: Budget, tokens: Tokens) -> Plan:
-    """Decide, at one place, who stays. This is the whole of every method; hosts only carry the decision out."""
-    return settle(method, budget, tokens, rate(method, tokens))
+def step(method: Method, budget: Budget, tokens: Tokens, *, check: bool = True) -> Any:
+    """Decide, at one place, who stays: a `Plan`, or a `Transform`. This is the whole of every method; hosts only carry
+    the decision out. `check` holds the plan to what was promised; a host may do that once for inputs of one shape."""
+    return settle(method, budget, tokens, rate(method, tokens), check=check)
 
 
-def rate(method: Method, tokens: Tokens) -> torch.Tensor:
+def rate(method: Method, tokens: Tokens) -> Any:
     """The first half: scores, with what must stay at +inf and what is not there at -inf."""
     scores = method.score(tokens)  # 1 what is each token worth?
-    scores = torch.where(tokens.protected, torch.inf, scores)
-    return torch.where(tokens.padding, -torch.inf, scores)
+    value = scores.value if isinstance(scores, Matching) else scores
+    value = torch.where(tokens.protected, torch.inf, value)
+    value = torch.where(tokens.padding, -torch.inf, value)
+    return scores._replace(value=value) if isinstance(scores, Matching) else value
 
 
-def settle(method: Method, budget: Budget, tokens: Tokens, scores: torch.Tensor) -> Plan:
+def settle(method: Method, budget: Budget, tokens: Tokens, scores: Any, *, check: bool = True) -> Any:
     """The second half. A host that must know the scores of every layer first calls the halves one by one."""
     allocation = method.allocate(tokens, scores, budget)  # 2 how many may stay, and where?
     plan = method.reduce(tokens, scores, allocation)  # 3 who stays, who joins whom?
-    _promised(method, tokens, allocation.counts, plan)
-    return replace(plan, note=allocation.note or plan.note)  # 4 the host applies it; restore() undoes it
+    if check:
+        _promised(method, tokens, allocation.counts, plan)
+    note = allocation.note or plan.note
+    return replace(plan, note=note) if note else plan  # 4 the host applies it; restore() undoes it
 
 
-def _promised(method: Method, tokens: Tokens, counts: torch.Tensor, plan: Plan) -> None:
+def _promised(method: Method, tokens: Tokens, counts: torch.Tensor, plan: Reduction) -> None:
     """Every plan keeps what it was told to, whoever wrote the method."""
     name = type(method).__name__
     plan.check(tokens.padding)
     if not torch.equal(plan.counts, counts):
         raise FewerError(f"{name} was to keep {counts.tolist()} tokens and kept {plan.counts.tolist()}")
-    if bool((tokens.protected & ~tokens.padding & (plan.slot < 0)).any()):
+    if bool((tokens.protected & ~tokens.padding & (plan.assign < 0)).any()):
         most = int((tokens.protected & ~tokens.padding).sum(-1).max())
         raise BudgetError(f"{name}: {most} tokens are protected, which is more than the budget lets stay")
     if plan.mass is not None:
@@ -57,27 +62,46 @@ def _promised(method: Method, tokens: Tokens, counts: torch.Tensor, plan: Plan) 
 def compress(
     model: Any,
     method: str | Method,
-    keep: Keep = 1.0,
+    keep: Keep | Sequence[float | int] = 1.0,
     *,
     when: str | None = None,
     every: int | None = None,
     store: "str | Codec | None" = None,
-) -> Iterator["Run"]:
-    """Shorten what a model keeps, for as long as the context lasts; leaving it restores the model bit for bit.
+    schedule: str | None = None,
+    masses: str | None = None,
+    positions: str | None = None,
+    restore: str | None = None,
+    tape: bool = False,
+) -> Iterator[Any]:
+    """Shorten what a model keeps, or what its blocks pass on, for as long as the context lasts; leaving it restores the
+    model bit for bit.
 
     Args:
-        model: a transformers decoder (`PreTrainedModel`), used inside through `generate` or plain calls.
+        model: a transformers decoder, whose key-value cache is shortened, used inside through `generate` or plain
+            calls; or an encoder, a vision transformer of timm or transformers or a BERT, whose tokens are.
         method: a name from `fewer.METHODS`, or an object with the four members of `fewer.Method`.
-        keep: what stays: a fraction in (0, 1], a token count a head, or bytes for all compressed layers ("64MB").
+        keep: what stays. Of a cache: a fraction in (0, 1], a token count a head, or bytes for all compressed layers
+            ("64MB"). Of an encoder's tokens, beside its class and register tokens: the fraction that is left at the
+            end, a list of fractions or counts with one for each block, or a share of the FLOPs ("0.6 flops").
         when: "prefill" compresses after every forward of more than one token, "decode" after every `every` generated
             tokens (the cache then stays at a fixed size plus at most `every`), "both" does both. Left out, it is what
-            the method was published with, and "prefill" for most.
+            the method was published with, and "prefill" for most. Caches only, as the next two.
         every: decoding steps between two compressions; 64 unless the method was published with another number.
         store: how what is kept is held: a name such as "kivi-4bit", or a `Codec`. Left out, in full precision, or as
             the method itself says.
+        schedule: the way to `keep` over the blocks, "constant", "linear" or "geometric"; see
+            `fewer.allocate.schedule`. Left out, the method's own, and "constant" for most. Encoders only, as the rest.
+        masses: how a merged token counts as all it stands for in attention: as an additive "mask" (the default), as
+            one more "channel" of queries and keys, or not ("off", for models that were trained without).
+        positions: where a merged token is, for rotary positions: at its "survivor" (the default), or at the
+            "centroid" of its members. Biases between positions are always the survivors'.
+        restore: bring the output back to its original length, by a way named in `fewer.restore`; then heads that
+            pool or need a grid work as before. Left out, the output is as short as `keep` says.
+        tape: keep the features that were merged or dropped, for ways to restore that need them.
 
     Yields:
-        A `Run`; its `report` tells what the latest cache saved and cost.
+        For a cache, a `Run` whose `report` tells what the latest cache saved and cost. For an encoder, a `Run` with
+        `plan`, `assign`, `mass`, `trace`, `flops` and `restore(features)`.
 
     Raises:
         BudgetError, UnknownName, MissingSignal, UnsupportedModel: see `fewer.types`. Nothing is changed then.
@@ -89,8 +113,31 @@ def compress(
     >>> run.report.layers[0].kept  # 10 of 40, and the 3 generated tokens that were read
     ((13, 13),)
     """
+    found = encoder_blocks.find(model)
+    of_caches = {"when": when, "every": every, "store": store}
+    of_encoders = {
+        "schedule": schedule,
+        "masses": masses,
+        "positions": positions,
+        "restore": restore,
+        "tape": tape or None,
+    }
+    foreign = [name for name, value in (of_encoders if found is None else of_caches).items() if value is not None]
+    if foreign:
+        kind = "a decoder's cache" if found is None else "an encoder"
+        raise FewerError(f"compress({', '.join(f'{name}=...' for name in foreign)}) means nothing for {kind}")
+    chosen = resolve(method)
+    if found is not None:
+        from fewer.adapters import encoder_run
+
+        setting = encoder_run.Setting.of(chosen, keep, schedule, masses, positions, restore, tape)
+        with encoder_run.session(model, found, setting) as shortened:
+            yield shortened
+        return
     from fewer.adapters import hf_cache  # hosts are imported on use: `import fewer` needs no transformers
 
-    policy = hf_cache.Policy.of(resolve(method), Budget.parse(keep), when, every, resolve_store(store))
+    if not isinstance(keep, (int, float, str)):
+        raise BudgetError(f"keep={keep!r}: of a cache, keep is one fraction, count or size, not a list")
+    policy = hf_cache.Policy.of(chosen, Budget.parse(keep), when, every, resolve_store(store))
     with hf_cache.session(model, policy) as run:
         yield run

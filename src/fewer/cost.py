@@ -1,8 +1,9 @@
-"""What a decoder costs in closed form: tokens, FLOPs and bytes. No timing here, and nothing is run.
+"""What models cost in closed form: tokens, FLOPs and bytes. No timing here, and nothing is run.
 
 These are the floors that a benchmark prints beside what it measured.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,3 +88,37 @@ class Decoder:
     def decode_bytes(self, cache_bytes: int) -> int:
         """Bytes that one decoding step cannot avoid reading: every weight, and the cache."""
         return self.parameters * self.itemsize + cache_bytes
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """The sizes of one block of an encoder, all blocks being alike.
+
+    `inner` is the width of all heads together; `attention` and `mlp` are the weights of the matrices of each part.
+
+    >>> Encoder(inner=4, attention=64, mlp=128).block_flops(10, 5)  # 2 * 10 * 64 + 4 * 10 * 10 * 4 + 2 * 5 * 128
+    4160
+    """
+
+    inner: int
+    attention: int
+    mlp: int
+
+    @classmethod
+    def of(cls, block: Any, attention: str, mlp: Sequence[str]) -> "Encoder":
+        """Read a block's sizes; attention is taken to have four matrices of one shape, fused or not."""
+        weights = _matrices(getattr(block, attention))
+        width = next(m.shape[1] for m in block.parameters() if m.ndim == 2)
+        return cls(sum(weights) // (4 * width), sum(weights), sum(sum(_matrices(getattr(block, name))) for name in mlp))
+
+    def block_flops(self, came: int, went: int) -> int:
+        """One block that `came` tokens attend in and `went` pass the rest of; a multiply-add counts two."""
+        return 2 * came * self.attention + 4 * came * came * self.inner + 2 * went * self.mlp
+
+    def share(self, blocks: Sequence[tuple[int, int]], tokens: int) -> float:
+        """FLOPs of blocks with these counts, over those of as many blocks with all `tokens`."""
+        return sum(self.block_flops(*one) for one in blocks) / (len(blocks) * self.block_flops(tokens, tokens))
+
+
+def _matrices(module: Any) -> list[int]:
+    return [p.numel() for p in module.parameters() if p.ndim == 2]

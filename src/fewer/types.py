@@ -10,40 +10,41 @@ the leading axes of a place, `b h` in a key-value cache.
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fewer.errors import BudgetError, FewerError, FewerWarning, MissingSignal, UnknownName, UnsupportedModel
+from fewer.plan import Plan, Reduction, Transform
+
+__all__ = [
+    "Allocation",
+    "Budget",
+    "BudgetError",
+    "Card",
+    "Faithfulness",
+    "FewerError",
+    "FewerWarning",
+    "Keep",
+    "Matching",
+    "Method",
+    "MissingSignal",
+    "Need",
+    "Phase",
+    "Plan",
+    "Reduction",
+    "Site",
+    "Tokens",
+    "Transform",
+    "UnknownName",
+    "UnsupportedModel",
+]
+
 Keep = float | int | str
-Phase = Literal["prefill", "decode"]
+Phase = Literal["prefill", "decode", "encode"]
 Faithfulness = Literal["official", "paper", "style", "own"]
-
-
-class FewerError(ValueError):
-    """Base of every error fewer raises for something its user can mend."""
-
-
-class BudgetError(FewerError):
-    """`keep` cannot be read, or cannot be met."""
-
-
-class MissingSignal(FewerError):
-    """The method needs something that this model or place cannot give."""
-
-
-class UnsupportedModel(FewerError):
-    """The model, or a part of it, is none that fewer can work on."""
-
-
-class UnknownName(FewerError):
-    """No method, task or option has that name."""
-
-
-class FewerWarning(UserWarning):
-    """Something was not shortened as asked, and the result is still right."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class Budget:
     fraction: float | None = None
     tokens: int | None = None
     size: int | None = None
+    beside: int = 0
+    """Tokens that are protected and stay on top: an encoder's class and register tokens."""
 
     _UNITS: ClassVar[Mapping[str, int]] = {
         "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
@@ -123,10 +126,11 @@ class Budget:
 
     def count(self, seen: int) -> int:
         """Tokens that stay, of `seen` so far."""
+        free = seen - self.beside
         if self.fraction is not None:
-            return min(seen, max(1, math.ceil(self.fraction * seen - 1e-9)))
+            return min(seen, self.beside + max(1, math.ceil(self.fraction * free - 1e-9)))
         if self.tokens is not None:
-            return min(self.tokens, seen)
+            return min(self.tokens + self.beside, seen)
         raise BudgetError(f"keep={self.keep!r} is in bytes and needs the size of a token: call within() first")
 
     @staticmethod
@@ -162,11 +166,19 @@ class Budget:
 
 @dataclass(frozen=True)
 class Site:
-    """Where in the network, and when: layer `layer` of the `layers` that are shortened."""
+    """Where in the network, and when: layer `layer` of the `layers` that are shortened.
+
+    In an encoder the first `prefix` tokens are class, distillation or register tokens and the others a `grid` of rows
+    and columns of patches, where they are patches; `place` counts the blocks at which the method acts, of `places`.
+    """
 
     layer: int = 0
     layers: int = 1
     phase: Phase = "prefill"
+    prefix: int = 0
+    grid: tuple[int, int] | None = None
+    place: int = 0
+    places: int = 1
 
 
 S = TypeVar("S")
@@ -206,6 +218,13 @@ class Tokens:
         return (~self.padding).sum(-1)
 
 
+class Matching(NamedTuple):
+    """Scores that come with a partner: the token that takes each one in, if it is given up."""
+
+    value: Float[Tensor, "*lead n"]
+    partner: Int[Tensor, "*lead n"]
+
+
 @dataclass(frozen=True)
 class Allocation:
     """How many survive at each leading index; `floor` of them are guaranteed to that index's own best tokens.
@@ -216,112 +235,6 @@ class Allocation:
     counts: Int[Tensor, "*lead"]
     floor: Int[Tensor, "*lead"] | None = None
     note: str = ""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The decision, as data: for every token the slot it goes to and the weight it goes in with.
-
-    `slot` is -1 for a dropped token; `survivors` holds, slot by slot and in the original order, the token that gives
-    its key, position and identity to the slot, and -1 where a leading index has fewer slots than the longest one.
-    `moved` gives survivors new positions, where the method moves them; `mass` is how many tokens each slot counts as in
-    attention (None: as many as its survivor did); `tier` chooses among the forms of storage that the method names,
-    where it names several; `note` is a remark for the report. `apply` folds features, `pick` takes the survivors' own,
-    `restore` goes back, `then` composes.
-
-    >>> plan = Plan.keep(torch.tensor([[True, False, True, True]]))
-    >>> plan.survivors.tolist(), plan.slot.tolist()
-    ([[0, 2, 3]], [[0, -1, 1, 2]])
-    >>> plan.pick(torch.tensor([[[1.0], [2.0], [3.0], [4.0]]])).flatten().tolist()
-    [1.0, 3.0, 4.0]
-    """
-
-    slot: Int[Tensor, "*lead n"]
-    weight: Float[Tensor, "*lead n"]
-    survivors: Int[Tensor, "*lead k"]
-    moved: Int[Tensor, "*lead k"] | None = None
-    mass: Float[Tensor, "*lead k"] | None = None
-    tier: Int[Tensor, "*lead k"] | None = None
-    note: str = ""
-
-    @classmethod
-    def keep(cls, kept: Bool[Tensor, "*lead n"]) -> "Plan":
-        """Keep the marked tokens, drop the others."""
-        slot = torch.where(kept, kept.cumsum(-1) - 1, -1)
-        counts = kept.sum(-1)
-        longest = int(counts.max()) if counts.numel() else 0
-        survivors = torch.full((*kept.shape[:-1], longest + 1), -1, dtype=torch.long, device=kept.device)
-        index = torch.arange(kept.shape[-1], device=kept.device).expand_as(slot)
-        survivors.scatter_(-1, torch.where(kept, slot, longest), index)  # dropped tokens land in a spare last column
-        return cls(slot, kept.to(torch.float32), survivors[..., :longest])
-
-    @property
-    def counts(self) -> Int[Tensor, "*lead"]:
-        """Slots at each leading index."""
-        return (self.survivors >= 0).sum(-1)
-
-    @property
-    def folds(self) -> bool:
-        """Whether some slot takes in more than its survivor."""
-        return bool(((self.slot >= 0).sum(-1) > self.counts).any())
-
-    def pick(self, x: Float[Tensor, "*lead n d"]) -> Float[Tensor, "*lead k d"]:
-        """The survivors' own features; zeros in slots that do not exist."""
-        filled = (self.survivors >= 0).unsqueeze(-1)
-        index = self.survivors.clamp(min=0).unsqueeze(-1).expand(*self.survivors.shape, x.shape[-1])
-        return torch.where(filled, x.gather(-2, index), 0)
-
-    def apply(self, x: Float[Tensor, "*lead n d"]) -> Float[Tensor, "*lead k d"]:
-        """Fold all tokens into their slots, each with its weight; sums are taken in float32."""
-        into = torch.where(self.slot >= 0, self.slot, self.survivors.shape[-1])
-        out = torch.zeros(*x.shape[:-2], self.survivors.shape[-1] + 1, x.shape[-1], device=x.device)
-        out.scatter_add_(-2, into.unsqueeze(-1).expand_as(x), x.float() * self.weight.unsqueeze(-1))
-        return out[..., :-1, :].to(x.dtype)
-
-    def restore(self, y: Float[Tensor, "*lead k d"], how: str = "copy") -> Float[Tensor, "*lead n d"]:
-        """Back to the original length; see `fewer.restore` for the ways."""
-        from fewer.restore import restore  # restore.py speaks of plans, so it cannot be imported above
-
-        return restore(self, y, how)
-
-    def then(self, later: "Plan") -> "Plan":
-        """This plan, and `later` on what it leaves, as one plan."""
-        if not later.slot.shape[-1]:  # this plan left nothing, so nothing it is
-            return replace(self, note=later.note or self.note)
-        gone = self.slot < 0
-        at = self.slot.clamp(min=0)
-        slot = torch.where(gone, -1, later.slot.gather(-1, at))
-        weight = torch.where(slot < 0, 0.0, self.weight * later.weight.gather(-1, at))
-        there, via = later.survivors >= 0, later.survivors.clamp(min=0)
-        survivors = torch.where(there, self.survivors.gather(-1, via), -1)
-
-        def passed_on(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
-            return theirs if mine is None or theirs is not None else torch.where(there, mine.gather(-1, via), -1)
-
-        return Plan(
-            slot,
-            weight,
-            survivors,
-            passed_on(self.moved, later.moved),
-            passed_on(self.mass, later.mass),
-            passed_on(self.tier, later.tier),
-            later.note or self.note,
-        )
-
-    def check(self, padding: Bool[Tensor, "*lead n"] | None = None) -> None:
-        """Raise if the plan loses, invents or reorders tokens."""
-        real = self.survivors >= 0
-        home = self.slot.gather(-1, self.survivors.clamp(min=0))
-        own = torch.arange(self.survivors.shape[-1], device=home.device).expand_as(home)
-        if bool((real & (home != own)).any()):
-            raise FewerError("the plan's survivors are not in their own slots: a token would be lost silently")
-        steps, follows = self.survivors.diff(dim=-1), real[..., 1:]
-        if bool((follows & ((steps <= 0) | ~real[..., :-1])).any()):
-            raise FewerError("the plan's survivors are not in their original order")
-        if bool((self.slot >= self.counts.unsqueeze(-1)).any()):
-            raise FewerError("the plan sends a token to a slot that does not exist")
-        if padding is not None and bool((padding & (self.slot >= 0)).any()):
-            raise FewerError("the plan keeps padding")
 
 
 @dataclass(frozen=True)
@@ -359,14 +272,14 @@ class Method(Protocol):
         """The signals it reads, as instances of classes in `fewer.signals`."""
         ...
 
-    def score(self, tokens: Tokens) -> Tensor:
-        """One number for each token (`*lead n`), higher = keep. A method never writes into tokens."""
+    def score(self, tokens: Tokens) -> Tensor | Matching:
+        """One number for each token (`*lead n`), higher = keep, or a `Matching`. A method never writes into tokens."""
         ...
 
-    def allocate(self, tokens: Tokens, scores: Tensor, budget: Budget) -> Allocation:
-        """How many survive at each leading index."""
+    def allocate(self, tokens: Tokens, scores: Any, budget: Budget) -> Allocation:
+        """How many survive at each leading index. `scores` are what `score` gave, +inf for protected tokens."""
         ...
 
-    def reduce(self, tokens: Tokens, scores: Tensor, allocation: Allocation) -> Plan:
+    def reduce(self, tokens: Tokens, scores: Any, allocation: Allocation) -> Reduction:
         """Who survives, and who joins whom."""
         ...

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fewer import Cache
 from fewer.codec import Codec
 from fewer.methods import name_of, resolve, resolve_store
-from fewer.methods.kv.full import Full
+from fewer.methods.any.full import Full
 from fewer.types import Budget, BudgetError, FewerError, Keep, Method
 from fewer_eval.lines import YARDSTICKS
 from fewer_eval.schema import Question, Row

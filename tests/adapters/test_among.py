@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import fewer
 from fewer.adapters import hf_layer
-from fewer.methods.kv.uniform import Uniform
+from fewer.methods.any.uniform import Uniform
 from fewer.methods.kv.zipvl import ZipVL
 from fewer.types import FewerError, FewerWarning, Plan, Tokens, UnsupportedModel
 from tests.adapters.common import FAMILIES, cached, turns, untouched

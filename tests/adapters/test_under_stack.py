@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache
 
 import fewer
-from fewer.methods.kv.full import Full
+from fewer.methods.any.full import Full
 from fewer.types import Allocation, Budget, MissingSignal, Plan, Tokens
 from tests.adapters.common import ADA, FAMILIES, METHODS, MORE_METHODS, PAIRS, SNAP, cached, held, turns
 from tests.adapters.emulate import assert_close, kept_positions, ours

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoTokenizer
 
 import fewer
-from fewer import METHODS
 from fewer.fit import wants
+from fewer.methods import METHODS, of_family
 from fewer.methods.kv.kivi import KIVI
 from fewer_eval.runner import _Case, _common, _until, _Watch, compare
 from fewer_eval.tasks import Example, Task
@@ -31,7 +31,9 @@ TEXT = Task(
 )
 
 
-SHARED = [name for name, cls in METHODS.items() if name != "full" and not wants(cls) and not _Case.of(name, 0.6).alone]
+SHARED = [
+    name for name, cls in of_family("kv").items() if name != "full" and not wants(cls) and not _Case.of(name, 0.6).alone
+]
 """Without those that want a fit of the model; they differ from their relatives in what they read only."""
 
 

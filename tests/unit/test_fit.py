@@ -12,8 +12,8 @@ import torch
 import fewer
 from fewer import files
 from fewer.fit import FORMAT, Fit, check, fingerprint, load, save, wants
+from fewer.methods.any.full import Full
 from fewer.methods.kv.adakv import AdaKV
-from fewer.methods.kv.full import Full
 from fewer.types import FewerError
 from tests.tiny import prompt, tiny
 

@@ -74,7 +74,10 @@ class Host:
         """Look at a model; `UnsupportedModel` says what is wrong with it and what would work."""
         name = type(model).__name__
         if not isinstance(model, PreTrainedModel):
-            raise UnsupportedModel(f"{name} is no transformers model; pass a decoder such as LlamaForCausalLM")
+            raise UnsupportedModel(
+                f"{name} is neither a transformers decoder, such as LlamaForCausalLM, nor an encoder with blocks like "
+                "those of timm's VisionTransformer, EVA or BEiT, or transformers' ViT, DeiT, DINOv2, CLIP, SigLIP or BERT"
+            )
         if any(parameter.is_meta for parameter in model.parameters()):
             raise UnsupportedModel(f"{name} is on the meta device and holds no weights; load them first")
         if model.config.is_encoder_decoder:

@@ -5,6 +5,9 @@ from difflib import get_close_matches
 from typing import Any
 
 from fewer.codec import Codec
+from fewer.methods.any.full import Full
+from fewer.methods.any.random import Random
+from fewer.methods.any.uniform import Uniform
 from fewer.methods.kv.a2sf import A2SF
 from fewer.methods.kv.adakv import AdaKV
 from fewer.methods.kv.compresskv import CompressKV
@@ -13,7 +16,6 @@ from fewer.methods.kv.dapq import DapQ
 from fewer.methods.kv.ems import EMS
 from fewer.methods.kv.expected_attention import ExpectedAttention
 from fewer.methods.kv.fastkv import FastKV
-from fewer.methods.kv.full import Full
 from fewer.methods.kv.gear import GEAR
 from fewer.methods.kv.h2o import H2O
 from fewer.methods.kv.keydiff import KeyDiff
@@ -26,7 +28,6 @@ from fewer.methods.kv.merge_evict import MergeEvict
 from fewer.methods.kv.mikv import MiKV
 from fewer.methods.kv.minicache import MiniCache
 from fewer.methods.kv.pyramidkv import PyramidKV
-from fewer.methods.kv.random import Random
 from fewer.methods.kv.razorattention import RazorAttention
 from fewer.methods.kv.scissorhands import Scissorhands
 from fewer.methods.kv.sinklora import SinkLoRA
@@ -35,9 +36,10 @@ from fewer.methods.kv.streaming_llm import StreamingLLM
 from fewer.methods.kv.tidaldecode import TidalDecode
 from fewer.methods.kv.tova import TOVA
 from fewer.methods.kv.treekv import TreeKV
-from fewer.methods.kv.uniform import Uniform
 from fewer.methods.kv.zipcache import ZipCache
 from fewer.methods.kv.zipvl import ZipVL
+from fewer.methods.vit.tome import ToMe
+from fewer.methods.vit.topk import TopK
 from fewer.types import Method, UnknownName
 
 METHODS: dict[str, type[Any]] = {
@@ -74,7 +76,19 @@ METHODS: dict[str, type[Any]] = {
     "mikv": MiKV,
     "minicache": MiniCache,
     "tidaldecode": TidalDecode,
+    "tome": ToMe,
+    "topk": TopK,
 }
+
+
+def family_of(known: type[Any]) -> str:
+    """What a method's class shortens: "kv" caches, "vit" the tokens of encoders, "any" both."""
+    return known.__module__.split(".")[2] if known.__module__.startswith("fewer.methods.") else "any"
+
+
+def of_family(family: str) -> dict[str, type[Any]]:
+    """The methods of one family, and those that serve any."""
+    return {name: known for name, known in METHODS.items() if family_of(known) in (family, "any")}
 
 
 def resolve(method: str | Method) -> Method:

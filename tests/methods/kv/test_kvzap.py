@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 import fewer
 from fewer.fit import Fit, fingerprint, save
-from fewer.methods.kv.full import Full
+from fewer.methods.any.full import Full
 from fewer.methods.kv.kvzap import FLOOR, KVzap, _pairs
 from fewer.score.reconstruction import UNASKED
 from fewer.score.surrogate import CEILING, Predicted, explained, fit_heads, predict, ridge, train

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import fewer
-from fewer.methods.kv.full import Full
+from fewer.methods.any.full import Full
 from fewer.methods.kv.kvzip import KVzip
 from fewer.score import reconstruction
 from fewer.score.reconstruction import Instruction, Reconstruction

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fewer.allocate.across_layers import across_layers
 from fewer.allocate.uniform import uniform
 from fewer.fit import Fit, fingerprint, load
-from fewer.methods.kv.full import Full
+from fewer.methods.any.full import Full
 from fewer.reduce.select import top_k
 from fewer.score.position import latest, must_stay
 from fewer.score.reconstruction import Reconstruction

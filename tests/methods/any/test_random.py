@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fewer.methods.kv.random import Random
+from fewer.methods.any.random import Random
 from fewer.types import Site
 from tests.methods.kv import naive
 from tests.methods.kv.build import (

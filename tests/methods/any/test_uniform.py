@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from fewer.methods.kv.uniform import Uniform
+from fewer.methods.any.uniform import Uniform
 from fewer.types import Tokens
 from tests.methods.kv.build import SIZES, Cache, decide, kept, place, random_row, same_alone_and_padded, same_in_chunks
 

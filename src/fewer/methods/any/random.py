@@ -31,11 +31,13 @@ class Random:
     needs: ClassVar[frozenset[object]] = frozenset()
 
     def score(self, tokens: Tokens) -> Tensor:
-        b, h, _ = tokens.positions.shape
+        b, *heads, _ = tokens.positions.shape  # an encoder's tokens are of all heads
+        h = heads[0] if heads else 1
         longest = int(tokens.positions.max()) + 1
         draw = torch.Generator().manual_seed(self.seed * 1_000_003 + tokens.site.layer)
         drawn = torch.rand(longest, h, generator=draw).T.to(tokens.positions.device)  # (h, longest)
-        return drawn.expand(b, h, longest).gather(-1, tokens.positions.clamp(min=0))
+        places = tokens.positions.clamp(min=0).view(b, h, -1)
+        return drawn.expand(b, h, longest).gather(-1, places).view(tokens.positions.shape)
 
     def allocate(self, tokens: Tokens, scores: Tensor, budget: Budget) -> Allocation:
         return uniform(tokens, budget)

@@ -40,7 +40,7 @@ class Uniform:
         order = free.to(torch.int8).argsort(dim=-1, stable=True)  # the free ones last, in their order
         places = tokens.positions.masked_fill(~free, -1).gather(-1, order)
         step = torch.arange(max(1, int(wanted.max())), device=free.device)  # (c,)
-        last, gaps = tokens.seen.view(-1, 1, 1) - 1, wanted - 1
+        last, gaps = tokens.seen.view(-1, *[1] * (free.ndim - 1)) - 1, wanted - 1
         ideal = torch.where(gaps > 0, (2 * step * last + gaps) // (2 * gaps).clamp(min=1), last)  # (b, h, c), rounded
         after = torch.searchsorted(places, ideal).clamp(max=n - 1)
         before = (after - 1).clamp(min=0)

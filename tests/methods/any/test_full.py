@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fewer.methods.kv.full import Full
+from fewer.methods.any.full import Full
 from tests.methods.kv.build import SIZES, Row, decide, kept, place, random_row
 
 

@@ -1,0 +1,226 @@
+"""The decision, as data: where every token goes, and with what weight.
+
+Plan        each token goes to one slot, or is dropped: pruning and merging
+Transform   each slot is any mixture of all tokens: a matrix, with the same verbs
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from fewer.errors import FewerError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The decision, as data: for every token the slot it goes to and the weight it goes in with.
+
+    `slot` is -1 for a dropped token; `survivors` holds, slot by slot and in the original order, the token that gives
+    its key, position and identity to the slot, and -1 where a leading index has fewer slots than the longest one.
+    `moved` gives survivors new positions, where the method moves them; `mass` is how many tokens each slot counts as in
+    attention (None: as many as its survivor did); `tier` chooses among the forms of storage that the method names,
+    where it names several; `note` is a remark for the report. `apply` folds features, `pick` takes the survivors' own,
+    `restore` goes back, `then` composes.
+
+    >>> plan = Plan.keep(torch.tensor([[True, False, True, True]]))
+    >>> plan.survivors.tolist(), plan.slot.tolist()
+    ([[0, 2, 3]], [[0, -1, 1, 2]])
+    >>> plan.pick(torch.tensor([[[1.0], [2.0], [3.0], [4.0]]])).flatten().tolist()
+    [1.0, 3.0, 4.0]
+    """
+
+    slot: Int[Tensor, "*lead n"]
+    weight: Float[Tensor, "*lead n"]
+    survivors: Int[Tensor, "*lead k"]
+    moved: Int[Tensor, "*lead k"] | None = None
+    mass: Float[Tensor, "*lead k"] | None = None
+    tier: Int[Tensor, "*lead k"] | None = None
+    note: str = ""
+
+    @classmethod
+    def keep(cls, kept: Bool[Tensor, "*lead n"]) -> "Plan":
+        """Keep the marked tokens, drop the others."""
+        slot = torch.where(kept, kept.cumsum(-1) - 1, -1)
+        counts = kept.sum(-1)
+        longest = int(counts.max()) if counts.numel() else 0
+        survivors = torch.full((*kept.shape[:-1], longest + 1), -1, dtype=torch.long, device=kept.device)
+        index = torch.arange(kept.shape[-1], device=kept.device).expand_as(slot)
+        survivors.scatter_(-1, torch.where(kept, slot, longest), index)  # dropped tokens land in a spare last column
+        return cls(slot, kept.to(torch.float32), survivors[..., :longest])
+
+    @property
+    def counts(self) -> Int[Tensor, "*lead"]:
+        """Slots at each leading index."""
+        return (self.survivors >= 0).sum(-1)
+
+    @property
+    def folds(self) -> bool:
+        """Whether some slot takes in more than its survivor."""
+        return bool(((self.slot >= 0).sum(-1) > self.counts).any())
+
+    def pick(self, x: Float[Tensor, "*lead n d"]) -> Float[Tensor, "*lead k d"]:
+        """The survivors' own features; zeros in slots that do not exist."""
+        return picked(x, self.survivors)
+
+    def apply(self, x: Float[Tensor, "*lead n d"]) -> Float[Tensor, "*lead k d"]:
+        """Fold all tokens into their slots, each with its weight; sums are taken in float32.
+
+        Survivors are gathered, and only the tokens that join them are added: most of a plan moves nothing.
+        """
+        there = self.survivors >= 0
+        home = torch.zeros_like(self.slot, dtype=torch.bool)
+        home.scatter_(-1, self.survivors.clamp(min=0), there)  # a slot that does not exist says False of token 0,
+        home[..., :1] |= (self.survivors[..., :1] == 0) if there.shape[-1] else False  # so that one is asked again
+        joins = (self.slot >= 0) & ~home
+        out = picked(x, self.survivors)
+        own = self.weight.gather(-1, self.survivors.clamp(min=0))
+        if bool(((own != 1) & there).any()):
+            out = out * own.unsqueeze(-1)
+        who = joins.flatten().nonzero().flatten()
+        if len(who):
+            slots = torch.arange(self.counts.numel(), device=x.device).view(self.counts.shape) * there.shape[-1]
+            into = (self.slot + slots.unsqueeze(-1)).flatten()[who]
+            added = x.reshape(-1, x.shape[-1])[who].float() * self.weight.flatten()[who].unsqueeze(-1)
+            out = out.float().reshape(-1, x.shape[-1]).index_add(0, into, added).view(out.shape)
+        return out.to(x.dtype)
+
+    def restore(self, y: Float[Tensor, "*lead k d"], how: str = "copy") -> Float[Tensor, "*lead n d"]:
+        """Back to the original length; see `fewer.restore` for the ways."""
+        from fewer.restore import restore  # restore.py speaks of plans, so it cannot be imported above
+
+        return restore(self, y, how)
+
+    @property
+    def assign(self) -> Int[Tensor, "*lead n"]:
+        """The slot that each token is in, -1 for dropped ones."""
+        return self.slot
+
+    def then(self, later: "Reduction") -> "Reduction":
+        """This plan, and `later` on what it leaves, as one."""
+        return Transform.of(self).then(later) if isinstance(later, Transform) else self._then(later)
+
+    def _then(self, later: "Plan") -> "Plan":
+        if not later.slot.shape[-1]:  # this plan left nothing, so nothing it is
+            return replace(self, note=later.note or self.note)
+        gone = self.slot < 0
+        at = self.slot.clamp(min=0)
+        slot = torch.where(gone, -1, later.slot.gather(-1, at))
+        weight = torch.where(slot < 0, 0.0, self.weight * later.weight.gather(-1, at))
+        there, via = later.survivors >= 0, later.survivors.clamp(min=0)
+        survivors = torch.where(there, self.survivors.gather(-1, via), -1)
+
+        def passed_on(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
+            return theirs if mine is None or theirs is not None else torch.where(there, mine.gather(-1, via), -1)
+
+        return Plan(
+            slot,
+            weight,
+            survivors,
+            passed_on(self.moved, later.moved),
+            passed_on(self.mass, later.mass),
+            passed_on(self.tier, later.tier),
+            later.note or self.note,
+        )
+
+    def check(self, padding: Bool[Tensor, "*lead n"] | None = None) -> None:
+        """Raise if the plan loses, invents or reorders tokens."""
+        real = self.survivors >= 0
+        home = self.slot.gather(-1, self.survivors.clamp(min=0))
+        own = torch.arange(self.survivors.shape[-1], device=home.device).expand_as(home)
+        if bool((real & (home != own)).any()):
+            raise FewerError("the plan's survivors are not in their own slots: a token would be lost silently")
+        steps, follows = self.survivors.diff(dim=-1), real[..., 1:]
+        if bool((follows & ((steps <= 0) | ~real[..., :-1])).any()):
+            raise FewerError("the plan's survivors are not in their original order")
+        if bool((self.slot >= self.counts.unsqueeze(-1)).any()):
+            raise FewerError("the plan sends a token to a slot that does not exist")
+        if padding is not None and bool((padding & (self.slot >= 0)).any()):
+            raise FewerError("the plan keeps padding")
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Plan's dense sibling: slot i is the mixture `matrix[i]` of all tokens (Token Transforming, soft clusters).
+
+    `survivors` names the token whose place each slot takes, -1 where a row has fewer slots than the longest one; `mass`
+    is how many tokens each slot counts as. Pruning and merging are its special cases: `Transform.of(plan)`.
+
+    >>> halves = Transform(torch.tensor([[[0.5, 0.5, 0.0], [0.0, 0.5, 0.5]]]), torch.tensor([[0, 2]]))
+    >>> halves.apply(torch.tensor([[[2.0], [4.0], [6.0]]])).flatten().tolist()
+    [3.0, 5.0]
+    """
+
+    matrix: Float[Tensor, "b k n"]
+    survivors: Int[Tensor, "b k"]
+    mass: Float[Tensor, "b k"] | None = None
+    note: str = ""
+
+    @classmethod
+    def of(cls, plan: Plan) -> "Transform":
+        """The same decision, as a matrix."""
+        slots = torch.arange(plan.survivors.shape[-1], device=plan.slot.device).unsqueeze(-1)
+        matrix = torch.where(plan.slot.unsqueeze(-2) == slots, plan.weight.unsqueeze(-2), 0)
+        return cls(matrix, plan.survivors, plan.mass, plan.note)
+
+    @property
+    def counts(self) -> Int[Tensor, " b"]:
+        """Slots of each row."""
+        return (self.survivors >= 0).sum(-1)
+
+    @property
+    def folds(self) -> bool:
+        return True
+
+    @property
+    def assign(self) -> Int[Tensor, "b n"]:
+        """The slot that takes the most of each token, -1 for those that no slot takes any of."""
+        most = self.matrix.max(-2)
+        return torch.where(most.values > 0, most.indices, -1)
+
+    def apply(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b k d"]:
+        """Every slot's mixture; sums are taken in float32."""
+        return (self.matrix @ x.float()).to(x.dtype)
+
+    def pick(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b k d"]:
+        """The features of the tokens that give slots their places; zeros in slots that do not exist."""
+        return picked(x, self.survivors)
+
+    def restore(self, y: Float[Tensor, "b k d"], how: str = "copy") -> Float[Tensor, "b n d"]:
+        """Back to the original length; see `fewer.restore` for the ways."""
+        from fewer.restore import restore
+
+        return restore(self, y, how)
+
+    def then(self, later: "Reduction") -> "Transform":
+        """This, and `later` on what it leaves, as one."""
+        dense = later if isinstance(later, Transform) else Transform.of(later)
+        there, via = dense.survivors >= 0, dense.survivors.clamp(min=0)
+        mass = dense.mass
+        if mass is None and self.mass is not None:
+            mass = torch.where(there, self.mass.gather(-1, via), 0)
+        survivors = torch.where(there, self.survivors.gather(-1, via), -1)
+        return replace(dense, matrix=dense.matrix @ self.matrix, survivors=survivors, mass=mass)
+
+    def check(self, padding: Bool[Tensor, "b n"] | None = None) -> None:
+        """Raise if the slots are out of order, or padding gets into one."""
+        real = self.survivors >= 0
+        steps, follows = self.survivors.diff(dim=-1), real[..., 1:]
+        if bool((follows & ((steps <= 0) | ~real[..., :-1])).any()):
+            raise FewerError("the transform's slots are not in the order of their tokens")
+        if bool((self.matrix.masked_fill(real.unsqueeze(-1), 0) != 0).any()):
+            raise FewerError("the transform fills a slot that does not exist")
+        if padding is not None and bool((self.matrix * padding.unsqueeze(-2) != 0).any()):
+            raise FewerError("the transform mixes padding in")
+
+
+Reduction = Plan | Transform
+
+
+def picked(x: Float[Tensor, "*lead n d"], survivors: Int[Tensor, "*lead k"]) -> Float[Tensor, "*lead k d"]:
+    """Some tokens' features; zeros where there is none (-1)."""
+    filled = survivors >= 0
+    index = survivors.clamp(min=0).unsqueeze(-1).expand(*survivors.shape, x.shape[-1])
+    found = x.gather(-2, index)
+    return found if bool(filled.all()) else torch.where(filled.unsqueeze(-1), found, 0)
