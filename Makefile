@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
+TIMM := .venv-timm
 PEER := .venv-kvpress
 FITS := out/kvzap.fit out/razorattention.fit out/compresskv.fit
 
-.PHONY: demo test test-oldest check bench evidence docs clean
+.PHONY: demo test test-oldest test-timm check bench evidence docs clean
 
 demo: $(VENV)/.installed  ## compare every method on the default model: table, out/report.html, out/results.jsonl
 	scripts/demo
@@ -19,6 +20,9 @@ check: $(VENV)/.installed  ## lint, format and types
 
 test-oldest: $(OLDEST)/.installed  ## the tests on the oldest transformers that is supported
 	scripts/test-oldest
+
+test-timm:  ## the tests on timm's encoders, where their environment can be had
+	scripts/test-timm
 
 bench: $(VENV)/.installed $(PEER)/.installed  ## speed and bytes beside kvpress and transformers' quantised cache
 	$(BIN)/python benchmarks/kv.py --peer $(PEER)/bin/python --repeats 4
@@ -49,4 +53,4 @@ $(PEER)/.installed: constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(PEER) out dist
+	rm -rf $(VENV) $(OLDEST) $(TIMM) $(PEER) out dist

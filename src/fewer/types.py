@@ -272,14 +272,15 @@ class Method(Protocol):
         """The signals it reads, as instances of classes in `fewer.signals`."""
         ...
 
-    def score(self, tokens: Tokens) -> Tensor | Matching:
-        """One number for each token (`*lead n`), higher = keep, or a `Matching`. A method never writes into tokens."""
+    def score(self, tokens: Tokens) -> Any:
+        """One number for each token, a tensor `*lead n`, higher = keep; or a `Matching`, which names partners too. A
+        method never writes into tokens."""
         ...
 
     def allocate(self, tokens: Tokens, scores: Any, budget: Budget) -> Allocation:
         """How many survive at each leading index. `scores` are what `score` gave, +inf for protected tokens."""
         ...
 
-    def reduce(self, tokens: Tokens, scores: Any, allocation: Allocation) -> Reduction:
-        """Who survives, and who joins whom."""
+    def reduce(self, tokens: Tokens, scores: Any, allocation: Allocation) -> Any:
+        """Who survives, and who joins whom: a `Plan`, or a `Transform`."""
         ...

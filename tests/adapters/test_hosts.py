@@ -23,10 +23,13 @@ SMALL: dict[str, Any] = {
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
 
 OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
-    "BertModel": (lambda: AutoModel.from_config(AutoConfig.for_model("bert", **SMALL)), "BertModel has 0 causal"),
+    "BertModel": (
+        lambda: AutoModel.from_config(AutoConfig.for_model("bert", **SMALL)),
+        "BertModel (is an encoder|has 0 causal)",
+    ),
     "BertForMaskedLM": (
         lambda: AutoModelForMaskedLM.from_config(AutoConfig.for_model("bert", **SMALL)),
-        "BertForMaskedLM has 0 causal",
+        "BertForMaskedLM (is an encoder|has 0 causal)",
     ),
     "T5": (
         lambda: AutoModelForSeq2SeqLM.from_config(
@@ -43,7 +46,7 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
                 patch_size=8,
             )
         ),
-        "ViTModel has 0 causal",
+        "ViTModel (is an encoder|has 0 causal)",
     ),
     "ResNet": (
         lambda: AutoModel.from_config(
@@ -57,9 +60,9 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
         ),
         "MambaForCausalLM has 0 causal",
     ),
-    "module": (lambda: nn.Linear(3, 3), "Linear is no transformers model"),
-    "name": (lambda: "llama", "str is no transformers model"),
-    "nothing": (lambda: None, "NoneType is no transformers model"),
+    "module": (lambda: nn.Linear(3, 3), "Linear is neither a transformers"),
+    "name": (lambda: "llama", "str is neither a transformers"),
+    "nothing": (lambda: None, "NoneType is neither a transformers"),
 }
 
 

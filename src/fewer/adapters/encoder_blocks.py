@@ -82,17 +82,30 @@ def _old_vit_feed(block: Any, x: Tensor) -> Tensor:
     return _first(block.output(block.intermediate(block.layernorm_after(x)), x))
 
 
+_OUTPUT = ("intermediate", "output")
 SHAPES = (
     _prenorm("timm's VisionTransformer", "norm1", "attn", ("ls1", "drop_path1"), "norm2", "mlp", ("ls2", "drop_path2")),
-    _prenorm("timm's EVA and BEiT", "norm1", "attn", ("gamma_1", "drop_path1"), "norm2", "mlp", ("gamma_2", "drop_path2")),
-    _prenorm("transformers' DINOv2", "norm1", "attention", ("layer_scale1", "drop_path"), "norm2", "mlp", ("layer_scale2", "drop_path")),
-    _prenorm("transformers' ViT and DeiT", "layernorm_before", "attention", ("dropout",), "layernorm_after", "mlp", ("dropout",)),
+    _prenorm(
+        "timm's EVA and BEiT", "norm1", "attn", ("gamma_1", "drop_path1"), "norm2", "mlp", ("gamma_2", "drop_path2")
+    ),
+    _prenorm(
+        "transformers' DINOv2",
+        "norm1", "attention", ("layer_scale1", "drop_path"), "norm2", "mlp", ("layer_scale2", "drop_path"),
+    ),
+    _prenorm(
+        "transformers' ViT and DeiT",
+        "layernorm_before", "attention", ("dropout",), "layernorm_after", "mlp", ("dropout",),
+    ),
     _prenorm("transformers' CLIP and SigLIP", "layer_norm1", "self_attn", (), "layer_norm2", "mlp", ()),
-    Shape("transformers' ViT before 5.3", ("layernorm_before", "attention", "layernorm_after", "intermediate", "output"),
-          _old_vit_mix, _old_vit_feed, "attention", ("intermediate", "output")),
-    Shape("transformers' BERT", ("attention", "intermediate", "output"), _bert_mix, _bert_feed, "attention",
-          ("intermediate", "output")),
+    Shape(
+        "transformers' ViT before 5.3", ("layernorm_before", "attention", "layernorm_after", *_OUTPUT),
+        _old_vit_mix, _old_vit_feed, "attention", _OUTPUT,
+    ),
+    Shape("transformers' BERT", ("attention", *_OUTPUT), _bert_mix, _bert_feed, "attention", _OUTPUT),
 )  # fmt: skip
+
+
+HOSTS = "timm's VisionTransformer, EVA or BEiT, or transformers' ViT, DeiT, DINOv2, CLIP, SigLIP or BERT"
 
 
 def shape_of(block: nn.Module) -> Shape | None:
@@ -120,7 +133,13 @@ def find(model: Any) -> tuple[str, list[Any], Shape] | None:
         return None
     found = blocks_of(model)
     if len(found) > 1:
-        names = ", ".join(f"model.{name.partition('.')[0]}" for name, _, _ in found)
+        paths = [name.split(".") for name, _, _ in found]
+        shared = next(i for i, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) > 1)
+        if paths[0][shared].isdigit():
+            raise UnsupportedModel(
+                f"{type(model).__name__} has its blocks in several stages, where fewer knows encoders of one list"
+            )
+        names = ", ".join(".".join(["model", *path[: shared + 1]]) for path in paths)
         raise UnsupportedModel(f"{type(model).__name__} has several encoders: pass one of {names}")
     return found[0] if found else None
 
@@ -145,9 +164,15 @@ def try_out(block: Any, shape: Shape, tokens: int) -> bool:
     x = torch.randn(1, tokens, width_of(block), generator=draw).to(like.device, like.dtype)
     with torch.no_grad(), torch.random.fork_rng(devices=[like.device] if like.is_cuda else []):
         torch.manual_seed(0)  # a block in training drops at random, twice alike
-        own = block(x, **unmasked(block))
-        torch.manual_seed(0)
-        ours = shape.feed(block, shape.mix(block, x, unmasked(getattr(block, shape.attention))))
+        try:
+            own = block.forward(x, **unmasked(block))  # not through its hooks: they are for real tokens
+            torch.manual_seed(0)
+            ours = shape.feed(block, shape.mix(block, x, unmasked(getattr(block, shape.attention))))
+        except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+            raise UnsupportedModel(
+                f"{type(block).__name__} has the parts of {shape.hosts}, but does not take {tokens} tokens alone: "
+                f"{error}"
+            ) from error
     if not torch.equal(_first(own), ours):
         raise UnsupportedModel(
             f"{type(block).__name__} has the parts of {shape.hosts}, but they do not add up to what it computes; "

@@ -33,6 +33,7 @@ from fewer.types import (
     FewerWarning,
     Method,
     MissingSignal,
+    Plan,
     Reduction,
     Site,
     Tokens,
@@ -84,8 +85,9 @@ class Setting:
         tape: bool,
     ) -> "Setting":
         """What `compress` was given, with what the method was published with where it says nothing."""
-        shape = schedule or getattr(method, "schedule", "constant")
-        weigh = masses or getattr(method, "masses", "mask")
+        own: Any = method
+        shape = schedule or str(getattr(own, "schedule", "constant"))
+        weigh = masses or str(getattr(own, "masses", "mask"))
         return cls(method, Schedule(keep, shape), weigh, positions or "survivor", restore, tape)
 
     @property
@@ -116,14 +118,15 @@ class _State:
     seen: Tensor  # (b,)
     budgets: dict[int, Budget]
     merged: Reduction | None = None  # from the originals to what is left, where anything left
+    handed: tuple[Tensor, Tensor] | None = None  # what the host got from the latest block, restored, and what is left
 
 
 @dataclass
 class Run:
     """What a context of `fewer.compress` on an encoder gives, about the latest forward in it.
 
-    `plan` has an entry for each block, None where nobody left. `trace` has the counts. `prefix` tokens before the patches
-    are protected: those that the grid leaves over, or as many as the host says (`counted`), or a text's first one.
+    `plan` has an entry for each block, None where nobody left. `trace` has the counts. `prefix` tokens before the
+    patches are protected: those that the grid leaves over, or as many as the host says (`counted`), or a text's first.
     """
 
     setting: Setting
@@ -176,6 +179,12 @@ class Run:
                 were made on: `compress(..., tape=True)` keeps them. See `fewer.restore`.
         """
         self._done()
+        return self._restored(y, how)
+
+    def _restored(self, y: Tensor, how: str) -> Tensor:
+        merged = self.state and self.state.merged
+        if how == "copy" and isinstance(merged, Plan):  # copies compose, so one will do
+            return restore(merged, y, how)
         for plan, base in zip(reversed(self.plan), reversed(self.bases), strict=True):
             if plan is not None:
                 y = restore(plan, y, how, base)
@@ -183,16 +192,29 @@ class Run:
 
     def __str__(self) -> str:
         counts = ", ".join(str(one.went) for one in self.trace)
-        return (
-            f"{self.trace[0].came} tokens -> {counts}; {self.flops:.2f} of the FLOPs" if self.trace else "not run yet"
-        )
+        if len(self.trace) < len(self.blocks):
+            return "not run yet"
+        return f"{self.trace[0].came} tokens -> {counts}; {self.flops:.2f} of the FLOPs"
 
     def _done(self) -> _State:
         if self.state is None or len(self.trace) < len(self.blocks):
-            raise FewerError("nothing was run inside this compress(): call the encoder first")
+            raise FewerError("nothing was run inside this compress() yet: call the whole encoder first")
         return self.state
 
-    # ---- what the blocks call
+    # ---- what the blocks call, and the pooling after them
+
+    def pooled(self, module: nn.Module, args: Any) -> None:
+        """Warn where the host pools tokens that do not count alike as if they did."""
+        state = self.state
+        if state is None or len(self.trace) < len(self.blocks):
+            return
+        if self.setting.restore is None and state.mass is not None and bool((state.mass > 1).any()):
+            fault = "merged tokens count once each: compress(..., restore='copy') makes each original count once"
+        elif self.setting.restore in ("copy", "zero", "pinv") and bool(((self.assign >= 0).sum(-1) < state.seen).any()):
+            fault = f"dropped tokens, restored by {self.setting.restore!r}, count as zeros: leave restore out"
+        else:
+            return
+        warnings.warn(f"this encoder pools its tokens without weights, so {fault}", FewerWarning, stacklevel=2)
 
     def forward(self, layer: int, x: Tensor, options: dict[str, Any]) -> Tensor:
         """One block of a forward."""
@@ -200,16 +222,29 @@ class Run:
         if layer == 0:
             self._begin(x, options)
         state = self.state
-        assert state is not None and len(self.trace) == layer, "blocks run in their order"
+        if state is None or len(self.trace) != layer:
+            raise UnsupportedModel(
+                "this encoder did not run its blocks one after the other, each once; if it checkpoints its gradients, "
+                "switch that off inside compress()"
+            )
+        if state.handed is not None:
+            if x is not state.handed[0]:
+                raise UnsupportedModel(
+                    "this encoder changes tokens between its blocks, so they cannot be restored after each: leave "
+                    "restore= out, and call run.restore(features) on its output"
+                )
+            x = state.handed[1]
         came = x.shape[1]
         early = getattr(self.setting.method, "before", False)
         if early and layer in state.budgets:
             x = self._shorten(layer, x, None)
-        inside = {name: value for name, value in options.items() if name not in MASKS and value is not None}
-        inside |= unmasked(getattr(block, shape.attention))
+        whole = state.merged is None  # nobody left yet: the host's own mask, and so its own numbers to the bit
+        inside = unmasked(getattr(block, shape.attention)) | {
+            name: value for name, value in options.items() if value is not None and (whole or name not in MASKS)
+        }
         if inside.get("rope") is not None:
             inside["rope"] = self._rope(inside["rope"])
-        with Seam(self._bias(), self.setting.masses, self._cut) as seam:
+        with Seam(self._bias(), "host" if whole else self.setting.masses, self._cut) as seam:
             x = shape.mix(block, x, inside)
         attended = seam.attended
         if attended is None:
@@ -227,9 +262,11 @@ class Run:
         self.trace.append(Trace(layer, mixed, x.shape[1]))
         if layer == len(self.blocks) - 1:
             self._finish(came)
-            if self.setting.restore is not None:
-                return self.restore(x, self.setting.restore)
-        return x
+        if self.setting.restore is None:
+            return x
+        full = self._restored(x, self.setting.restore)  # after each block, as hosts hand out features of any of them
+        state.handed = (full, x)
+        return full
 
     def _pass(self) -> None:
         self.plan.append(None)
@@ -286,23 +323,26 @@ class Run:
         return gathered(bias, state.positions, state.originals)
 
     def _rope(self, rope: Tensor) -> Tensor:
-        """Rotary tables `(patches, d)` or `(b, 1, patches, d)` of the originals, sines first, on those that are left."""
+        """Rotary tables of the originals, sines first, on those that are left: `(patches, d)`, `(heads, patches, d)` or
+        `(b, 1 or heads, patches, d)`."""
         state = self.state
         assert state is not None
         if state.merged is None:
             return rope
         b, prefix = len(state.seen), state.prefix
-        wide = rope.reshape(-1, *rope.shape[-2:])
-        if wide.shape[-2] != state.originals - prefix:
+        if rope.shape[-2] != state.originals - prefix:
             raise UnsupportedModel(f"rotary tables of shape {tuple(rope.shape)} are not one row a patch")
-        wide = wide.expand(b, *wide.shape[1:])
+        rope = rope[(None,) * (4 - rope.ndim)]  # (1 or b, 1 or heads, patches, d)
+        rope = rope.expand(b, *rope.shape[1:])
         if self.setting.positions == "survivor":
-            at = (state.positions[:, prefix:] - prefix).clamp(min=0)
-            return wide.gather(1, at.unsqueeze(-1).expand(*at.shape, wide.shape[-1])).unsqueeze(1)
-        turned = state.merged.apply(torch.nn.functional.pad(wide, (0, 0, prefix, 0)))[:, prefix:]
+            at = (state.positions[:, prefix:] - prefix).clamp(min=0)[:, None, :, None]
+            return rope.gather(2, at.expand(b, rope.shape[1], -1, rope.shape[-1]))
+        wide = torch.nn.functional.pad(rope.transpose(1, 2).flatten(2), (0, 0, prefix, 0))
+        turned = state.merged.apply(wide.float())[:, prefix:]
+        turned = turned.view(b, -1, rope.shape[1], rope.shape[-1]).transpose(1, 2)
         sin, cos = turned.chunk(2, -1)  # the mean of rotations points where the mean coordinate does
         length = (sin.square() + cos.square()).sqrt().clamp(min=1e-6)
-        return torch.cat([sin / length, cos / length], -1).to(rope.dtype).unsqueeze(1)
+        return torch.cat([sin / length, cos / length], -1).to(rope.dtype)
 
     def _shorten(self, layer: int, x: Tensor, attended: Attended | None) -> Tensor:
         """One decision, and what follows from it."""
@@ -312,14 +352,14 @@ class Run:
         protected = (index < state.prefix).expand_as(state.padding)
         places = _places(setting.method, len(self.blocks))
         site = Site(layer, len(self.blocks), "encode", state.prefix, state.grid, places.index(layer), len(places))
-        signals = {} if attended is None else {Heads: attended}
+        signals: dict[type, Any] = {} if attended is None else {Heads: attended}
         tokens = Tokens(
             x, state.positions, state.padding, protected, state.seen,
             None if attended is None else attended.value.transpose(1, 2).flatten(2), signals, site, state.mass,
         )  # fmt: skip
         budget = state.budgets[layer]
         key = (layer, *x.shape)
-        plan = step(setting.method, budget, tokens, check=key not in self.checked)
+        plan: Reduction = step(setting.method, budget, tokens, check=key not in self.checked)
         self.checked.add(key)
         if plan.survivors.shape[-1] == x.shape[1] and not plan.folds:
             self._pass()
@@ -344,13 +384,13 @@ class Run:
         left = (~state.padding).sum(-1).tolist()
         if getattr(self.setting.method, "exact", True) and any(a < have for a, have in zip(asked, left, strict=True)):
             raise BudgetError(
-                f"keep={self.setting.schedule.keep!r} leaves {asked} tokens and {left} could not be brought down to it: "
-                "tokens join in pairs, and too few may; ask for more, or take a method that prunes"
+                f"keep={self.setting.schedule.keep!r} leaves {asked} tokens and {left} could not be brought down to "
+                "it: tokens join in pairs, and too few may; ask for more, or take a method that prunes"
             )
         if self.flops > WORTH and not self.setting.schedule.whole:
             warnings.warn(
-                f"this cannot make the encoder faster: {self.flops:.2f} of its FLOPs remain on {state.originals} tokens; "
-                "ask for fewer, or earlier",
+                f"this cannot make the encoder faster: {self.flops:.2f} of its FLOPs remain on {state.originals} "
+                "tokens; ask for fewer, or earlier",
                 FewerWarning,
                 stacklevel=2,
             )
@@ -369,9 +409,16 @@ def _padding(options: dict[str, Any], b: int, n: int, device: torch.device) -> T
         return torch.zeros(b, n, dtype=torch.bool, device=device)
     if mask.shape[-1] != n or mask.shape[0] not in (1, b):
         raise UnsupportedModel(f"an attention mask of shape {tuple(mask.shape)} is not one over {n} keys")
-    keys = mask.reshape(mask.shape[0], -1, n)[:, 0]
-    there = keys if keys.dtype is torch.bool else keys > torch.finfo(keys.dtype).min / 2
-    padding = (~there).expand(b, n)
+    rows = mask.reshape(mask.shape[0], -1, n)
+    seen = rows if rows.dtype is torch.bool else rows > torch.finfo(rows.dtype).min / 2
+    there = seen.any(1)
+    alike = (seen == there.unsqueeze(1)).all(-1)
+    if rows.shape[1] == n:
+        alike |= ~there  # what a padding token itself attends to does not matter
+    biased = rows.dtype is not torch.bool and bool((rows.masked_fill(~seen, 0) != 0).any())
+    if biased or not bool(alike.all()):
+        raise UnsupportedModel("this attention mask says more than which tokens are padding, and cannot be shortened")
+    padding: Tensor = (~there).expand(b, n)
     if bool((padding[:, :-1] & ~padding[:, 1:]).any()):
         raise UnsupportedModel("padding must come after the tokens: set tokenizer.padding_side = 'right'")
     return padding
@@ -382,10 +429,12 @@ def session(model: nn.Module, found: tuple[str, list[Any], Shape], setting: Sett
     """Shorten this encoder until the context is left."""
     _, blocks, shape = found
     if any("forward" in vars(block) for block in blocks):
-        raise FewerError("this encoder is inside a compress() already: leave it first")
-    prefix = getattr(model, "num_prefix_tokens", None)
+        raise FewerError("this encoder is inside a compress() already, or another tool replaced its blocks' forward")
+    told: Iterator[Any] = (m.num_prefix_tokens for m in model.modules() if hasattr(m, "num_prefix_tokens"))
+    prefix = next(told, None)
     patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)
-    tuples = try_out(blocks[0], shape, 6 if not patches else patches + (prefix or 0))
+    kinds = {str(block): block for block in reversed(blocks)}  # one of each, as its parts are written out
+    tuples = [try_out(block, shape, 6 if not patches else patches + (prefix or 0)) for block in kinds.values()][-1]
     run = Run(setting, blocks, shape, Encoder.of(blocks[0], shape.attention, shape.mlp))
     run.prefix, run.counted = 1 if prefix is None else prefix, prefix is not None
     if setting.schedule.whole:
@@ -398,10 +447,21 @@ def session(model: nn.Module, found: tuple[str, list[Any], Shape], setting: Sett
                 run.grid = (output.shape[-2], output.shape[-1])
 
             leaving.callback(patch.register_forward_hook(see).remove)
+        for pool in _pools(model):
+            leaving.callback(pool.register_forward_pre_hook(run.pooled).remove)
         for layer, block in enumerate(blocks):
             block.forward = _replaced(run, layer, tuples)
             leaving.callback(vars(block).pop, "forward")
         yield run
+
+
+def _pools(model: nn.Module) -> Iterator[Any]:
+    """Modules that pool all tokens, or that get their mean right after it was taken."""
+    for module in model.modules():
+        if "AttentionPool" in type(module).__name__:  # timm's AttentionPoolLatent, SigLIP's head
+            yield module
+        elif getattr(module, "global_pool", None) in ("avg", "avgmax") and hasattr(module, "fc_norm"):  # timm's
+            yield module.fc_norm
 
 
 def _is_patch(module: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """The seam at which an encoder's attention is read and weighted: its call of `scaled_dot_product_attention`.
 
-While a block attends, torch hands that call to us. So we see the queries and keys that the host's attention really uses,
-whatever it normalised or rotated, and need to know no attention module. Two things are changed on the way:
+While a block attends, torch hands that call to us. So we see the queries and keys that the host's attention really
+uses, whatever it normalised or rotated, and need to know no attention module. Two things are changed on the way:
 
     masses      log(mass) is added to the logits of each key, so that a merged token counts as all it stands for; as an
                 additive mask, or as one more channel of queries and keys, which needs no mask and keeps flash kernels
@@ -54,9 +54,11 @@ class Seam(TorchFunctionMode):
             )
         scaling = query.shape[-1] ** -0.5 if scale is None else scale
         self.attended = Attended(query, key, value, scaling, self.bias)
-        relative = None if attn_mask is None else self.cut(attn_mask)
+        if self.form == "host":
+            return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, scale=scale, **more)
+        relative = None if attn_mask is None else self.cut(additive(attn_mask, query.dtype))
         bias = None if self.bias is None else self.bias.to(query.dtype)
-        if bias is not None and self.form == "channel" and not bool(bias.isinf().any()):
+        if self.bias is not None and self.form == "channel" and not bool(self.bias.isinf().any()):
             query, key, value, wide = augmented(query, key, value, self.bias, scaling)
             out = F.scaled_dot_product_attention(query, key, value, relative, dropout_p, scale=scaling, **more)
             return out[..., :wide]
@@ -69,8 +71,8 @@ def augmented(
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """Queries and keys with channels whose product is the bias, all padded to a multiple of 8; and values' true width.
 
-    The query's channel is a power of two, exact in every dtype. In half precision the key's bias takes two channels, its
-    rounded value and what rounding left over.
+    The query's channel is a power of two, exact in every dtype. In half precision the key's bias takes two channels,
+    its rounded value and what rounding left over.
 
     >>> q, k, v = torch.randn(3, 1, 2, 5, 8).unbind(0)
     >>> bias = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]).log().view(1, 1, 1, 5)
@@ -87,6 +89,13 @@ def augmented(
     query = F.pad(torch.cat([query, ones], -1), (0, more))
     key = F.pad(torch.cat([key, *columns], -1), (0, more))
     return query, key, F.pad(value, (0, query.shape[-1] - value.shape[-1])), value.shape[-1]
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask of booleans, as what it adds."""
+    if mask.dtype is not torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
 
 
 def gathered(bias: Tensor, kept: Tensor, originals: int) -> Tensor:

@@ -22,6 +22,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fewer import fit
+from fewer.adapters.encoder_blocks import HOSTS
 from fewer.adapters.hf_rotary import HostRotary, find
 from fewer.signals import ROTARY_NEEDS, Projection
 from fewer.types import Method, MissingSignal, UnsupportedModel
@@ -76,7 +77,7 @@ class Host:
         if not isinstance(model, PreTrainedModel):
             raise UnsupportedModel(
                 f"{name} is neither a transformers decoder, such as LlamaForCausalLM, nor an encoder with blocks like "
-                "those of timm's VisionTransformer, EVA or BEiT, or transformers' ViT, DeiT, DINOv2, CLIP, SigLIP or BERT"
+                f"those of {HOSTS}"
             )
         if any(parameter.is_meta for parameter in model.parameters()):
             raise UnsupportedModel(f"{name} is on the meta device and holds no weights; load them first")

@@ -1,4 +1,4 @@
-"""As many as the budget says, but no fewer than the tokens that have nobody to join."""
+"""As many as the budget says, but no fewer than can be left where tokens join one another."""
 
 from dataclasses import replace
 
@@ -13,3 +13,10 @@ def joining(tokens: Tokens, matching: Matching, budget: Budget) -> Allocation:
     rest to do, and after the last one the host says so."""
     asked = uniform(tokens, budget)
     return replace(asked, counts=torch.maximum(asked.counts, (matching.value == torch.inf).sum(-1)))
+
+
+def halving(tokens: Tokens, budget: Budget) -> Allocation:
+    """The same where any token may join any other, one of each pair leaving: half of those that are open stay."""
+    asked = uniform(tokens, budget)
+    open_ = (~(tokens.protected | tokens.padding)).sum(-1)
+    return replace(asked, counts=torch.maximum(asked.counts, tokens.available - open_ // 2))

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from fewer.types import Budget, BudgetError
 
@@ -18,14 +19,14 @@ SHAPES = ("constant", "linear", "geometric")
 MOST_HALVED = 1.9
 """Where half of the tokens join the other half, at least one in 1.9 stays: protected tokens may sit among either."""
 HINT = (
-    "keep is the share of patches that is left at the end, in (0, 1]; a list of shares or counts, one a block; or a share "
-    "of the FLOPs such as '0.6 flops'"
+    "keep is the share of patches that is left at the end, in (0, 1]; a list of shares or counts, one a block; or a "
+    "share of the FLOPs such as '0.6 flops'"
 )
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a user asked for: `keep`, and the shape of the way there.
+    """What a user asked for: `keep`, a share, a list of shares or counts, or FLOPs; and the shape of the way there.
 
     >>> Schedule(0.25, "constant").shares(3)
     (0.75, 0.5, 0.25)
@@ -33,7 +34,7 @@ class Schedule:
     (0.5, 0.25, 0.125)
     """
 
-    keep: float | Sequence[float | int] | str
+    keep: Any
     shape: str = "constant"
 
     def __post_init__(self) -> None:
@@ -105,7 +106,8 @@ class Schedule:
         return {at: Budget(share, fraction=share, beside=protected) for at, share in zip(places, shares, strict=True)}
 
     def _listed(self, places: Sequence[int], layers: int, protected: int) -> dict[int, Budget]:
-        asked = list(self.keep)  # type: ignore[arg-type]
+        assert not isinstance(self.keep, (int, float, str))
+        asked: list[float | int] = list(self.keep)
         at = range(layers) if len(asked) == layers else places
         if len(asked) != len(at):
             raise BudgetError(
@@ -125,12 +127,15 @@ class Schedule:
         """The largest shares of this shape that cost no more than was asked."""
 
         def at(end: float) -> tuple[float, ...]:
-            shares = self.shares(places, end)
-            return halved(shares, self.keep) if halves else shares
+            out, left = [], 1.0
+            for share in self.shares(places, end):
+                left = max(share, left / MOST_HALVED) if halves else share
+                out.append(left)
+            return tuple(out)
 
         asked = self.flops
         assert asked is not None
-        low, high = (MOST_HALVED**-places if halves else 0.0) + 1e-3, 1.0
+        low, high = 1e-3, 1.0
         if cost(at(low)) > asked:
             raise BudgetError(
                 f"keep={self.keep!r} cannot be met: with next to no tokens left, this method still takes "

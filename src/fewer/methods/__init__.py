@@ -38,8 +38,23 @@ from fewer.methods.kv.tova import TOVA
 from fewer.methods.kv.treekv import TreeKV
 from fewer.methods.kv.zipcache import ZipCache
 from fewer.methods.kv.zipvl import ZipVL
+from fewer.methods.vit.algm import ALGM
+from fewer.methods.vit.ats import ATS
+from fewer.methods.vit.code_token_merging import CodeTokenMerging
+from fewer.methods.vit.dpc_knn import DPCKNN
+from fewer.methods.vit.evit import EViT
+from fewer.methods.vit.expedit import Expedit
+from fewer.methods.vit.diffrate import DiffRate
+from fewer.methods.vit.mctf import MCTF
+from fewer.methods.vit.pitome import PiToMe
+from fewer.methods.vit.pooling import Pooling
+from fewer.methods.vit.tofu import ToFu
+from fewer.methods.vit.token_transforming import TokenTransforming
 from fewer.methods.vit.tome import ToMe
 from fewer.methods.vit.topk import TopK
+from fewer.methods.vit.turbo import Turbo
+from fewer.methods.vit.ward import Ward
+from fewer.methods.vit.zero_tprune import ZeroTPrune
 from fewer.types import Method, UnknownName
 
 METHODS: dict[str, type[Any]] = {
@@ -77,7 +92,22 @@ METHODS: dict[str, type[Any]] = {
     "minicache": MiniCache,
     "tidaldecode": TidalDecode,
     "tome": ToMe,
+    "mctf": MCTF,
+    "diffrate": DiffRate,
     "topk": TopK,
+    "pooling": Pooling,
+    "dpc-knn": DPCKNN,
+    "token-transforming": TokenTransforming,
+    "expedit": Expedit,
+    "evit": EViT,
+    "ats": ATS,
+    "zero-tprune": ZeroTPrune,
+    "tofu": ToFu,
+    "pitome": PiToMe,
+    "ward": Ward,
+    "algm": ALGM,
+    "turbo": Turbo,
+    "code-token-merging": CodeTokenMerging,
 }
 
 

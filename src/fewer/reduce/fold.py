@@ -72,3 +72,16 @@ def weighed(tokens: Tokens, plan: Plan, weight: Float[Tensor, "b n"]) -> Plan:
     total = none.scatter_add(-1, into, weight * there)
     share = torch.where(there, weight / total.gather(-1, into).clamp(min=torch.finfo(weight.dtype).tiny), 0)
     return replace(plan, weight=share, mass=none.scatter_add(-1, into, masses(tokens) * there))
+
+
+def fuse_rest(tokens: Tokens, scores: Float[Tensor, "b n"], allocation: Allocation, normalised: bool) -> Plan:
+    """Keep all but one of the counts, and fuse every other token into one slot more (EViT): their sum, each times its
+    score, or the mean by it (`normalised`). The best of them gives the slot its place. Where all may stay, all do."""
+    plan = top_k(scores, allocation)
+    alone = top_k(scores, replace(allocation, counts=(allocation.counts - 1).clamp(min=0))).slot >= 0
+    left_over = (plan.slot < 0) & ~tokens.padding
+    host = (plan.slot >= 0) & ~alone & ~closed(tokens) & left_over.any(-1, keepdim=True)
+    rest = host | (left_over & host.any(-1, keepdim=True))
+    slot = torch.where(rest, (plan.slot * host).sum(-1, keepdim=True), plan.slot)
+    mean = weighed(tokens, replace(plan, slot=slot), torch.where(rest, scores.float(), 1))
+    return mean if normalised else replace(mean, weight=torch.where(rest, scores.float(), mean.weight))

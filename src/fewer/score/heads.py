@@ -46,6 +46,42 @@ def attention_got(attended: Attended, prefix: int) -> Float[Tensor, "b n"]:
     return class_attention(attended).mean(1) if prefix else received(attended)
 
 
+def votes(attended: Attended, start: Float[Tensor, "b n"], rounds: int) -> Float[Tensor, "b h n"]:
+    """Power iteration on each head's attention: `rounds` times every token hands what it has on to those it attends to.
+
+    Rows sum to one, so the total stays what it was; keys of bias -inf get nothing. Some rows of the batch at a time.
+    """
+    b, h, n, _ = attended.query.shape
+    step = max(1, BLOCK_CELLS // (h * n * n))
+    out = []
+    for first in range(0, b, step):
+        rows = slice(first, first + step)
+        bias = None if attended.bias is None else attended.bias[rows]
+        part = Attended(attended.query[rows], attended.key[rows], attended.value[rows], attended.scaling, bias)
+        weights = attention(part).float()
+        has = start[rows, None, None].float().expand(-1, h, 1, n)
+        for _ in range(rounds):
+            has = has @ weights
+        out.append(has.squeeze(2))
+    return torch.cat(out)
+
+
+def significance(attended: Attended, prefix: int) -> Float[Tensor, "b n"]:
+    """What each token adds to the class token's output: attention times the norm of its value, summed over heads (ATS).
+
+    Where there is no class token, what it adds to all outputs, on average.
+    """
+    if prefix:
+        paid = class_attention(attended).float()
+    else:
+        there = torch.ones_like(attended.query[:, 0, :, 0], dtype=torch.float32)
+        if attended.bias is not None:
+            there = there.masked_fill(attended.bias[:, 0, 0].isneginf(), 0)
+        paid = votes(attended, there / there.sum(-1, keepdim=True), 1)
+    added: Tensor = paid * attended.value.float().norm(dim=-1)
+    return added.sum(1)
+
+
 def quarters(layers: int) -> list[int]:
     """The fourth, seventh and tenth of twelve blocks, where EViT and DynamicViT prune, and the like at other depths."""
     return [min(layers - 1, round(layers * at)) for at in (0.25, 0.5, 0.75)]

@@ -44,7 +44,8 @@ class AdaKV:
         return self.scorer.needs
 
     def score(self, tokens: Tokens) -> Tensor:
-        return self.scorer.score(tokens)
+        rated: Tensor = self.scorer.score(tokens)
+        return rated
 
     def allocate(self, tokens: Tokens, scores: Tensor, budget: Budget) -> Allocation:
         return across_heads(tokens, scores, self.scorer.allocate(tokens, scores, budget), self.floor)

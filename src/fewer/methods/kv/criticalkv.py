@@ -58,7 +58,8 @@ class CriticalKV:
         return self.scorer.needs | {Projection()}
 
     def score(self, tokens: Tokens) -> Tensor:
-        return self.scorer.score(tokens)
+        rated: Tensor = self.scorer.score(tokens)
+        return rated
 
     def allocate(self, tokens: Tokens, scores: Tensor, budget: Budget) -> Allocation:
         return self.scorer.allocate(tokens, scores, budget)

@@ -4,8 +4,8 @@
     each even token proposes to the odd token of greatest cosine; the r best proposals are carried out
     a merged token is the mean of its members, weighted by size, and attention adds log(size) to its logit
 
-Differs from the paper: tokens stay in the order of the image, where the authors' code lists even tokens before odd ones,
-so from the second block on the halves are others. In one block the merged tokens are the same, to the bit.
+Differs from the paper: tokens stay in the order of the image, where the authors' code lists even tokens before odd
+ones, so from the second block on the halves are others. In one block the same tokens are merged.
 """
 
 from dataclasses import dataclass

@@ -1,0 +1,416 @@
+"""Encoders of transformers: bound by role, shortened, and left as they were."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fewer
+from fewer.adapters.encoder_blocks import find
+from fewer.allocate.uniform import uniform
+from fewer.reduce.select import top_k
+from fewer.signals import Queries
+from fewer.types import (
+    Allocation,
+    Budget,
+    BudgetError,
+    FewerError,
+    FewerWarning,
+    MissingSignal,
+    Plan,
+    Tokens,
+    UnknownName,
+    UnsupportedModel,
+)
+from tests.adapters.encoders import FAMILIES, IMAGES, PREFIX, encoder, inputs, output
+
+SHORTENING = ("random", "uniform", "tome", "topk")
+
+
+class FirstFew:
+    """Keeps the first tokens, so that a test knows which ones they are."""
+
+    needs: frozenset[Any] = frozenset()
+
+    def __init__(self, *places: int) -> None:
+        if places:
+            self.places = lambda layers: list(places)
+
+    def score(self, tokens: Tokens) -> Tensor:
+        return -tokens.positions.float()
+
+    def allocate(self, tokens: Tokens, scores: Tensor, budget: Budget) -> Allocation:
+        return uniform(tokens, budget)
+
+    def reduce(self, tokens: Tokens, scores: Tensor, allocation: Allocation) -> Plan:
+        return top_k(scores, allocation)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keeping_everything_is_bit_equal(family: str) -> None:
+    model, given = encoder(family), inputs(family)
+    plain = output(model, given)
+    for method in SHORTENING:
+        with fewer.compress(model, method, keep=1.0) as run:
+            assert torch.equal(output(model, given), plain)
+        assert run.plan == [None] * 4 and run.flops == 1.0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_leaving_restores_bit_for_bit(family: str) -> None:
+    model, given = encoder(family), inputs(family)
+    plain = output(model, given)
+    hooks = [len(m._forward_hooks) for m in model.modules()]
+    with pytest.raises(KeyError), fewer.compress(model, "tome", keep=0.5) as run:
+        output(model, given)
+        run.plan[{}[0]]
+    assert torch.equal(output(model, given), plain)
+    assert [len(m._forward_hooks) for m in model.modules()] == hooks
+    assert not any("forward" in vars(m) for m in model.modules())
+
+
+@pytest.mark.parametrize("method", SHORTENING)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_counts_are_exact_and_the_prefix_survives(family: str, method: str) -> None:
+    model, given = encoder(family), inputs(family)
+    with fewer.compress(model, method, keep=0.5) as run:
+        out = output(model, given)
+    prefix = PREFIX.get(family, 1)
+    n = run.assign.shape[1]
+    asked = prefix + -(-(n - prefix) // 2)
+    assert out.shape[1] == asked and run.trace[-1].went == asked
+    assert run.assign[:, :prefix].tolist() == [list(range(prefix))] * 2
+    for row in range(2):
+        assert all((run.assign[row] == i).sum() == 1 for i in range(prefix)), "nobody joins a class or register token"
+
+
+@pytest.mark.parametrize("family", IMAGES)
+def test_the_grid_and_the_prefix_come_from_the_host(family: str) -> None:
+    with fewer.compress(encoder(family), "tome", keep=0.5) as run:
+        output(encoder(family), inputs(family))
+    assert run.grid == (6, 6)
+    assert run.state.prefix == PREFIX[family]
+
+
+def blockwise(model: Any, given: dict[str, Tensor], plans: list[Any]) -> Tensor:
+    """The encoder as a plain loop over its blocks, attention written out, with plans and masses applied by hand."""
+    found = find(model)
+    assert found is not None
+    seen: list[Tensor] = []
+    hook = found[1][0].register_forward_pre_hook(lambda module, args, kwargs: seen.append(args[0]), with_kwargs=True)
+    output(model, given)
+    hook.remove()
+    x, mass = seen[0], torch.ones(seen[0].shape[:2])
+    for block, plan in zip(found[1], plans, strict=True):
+        att = block.attention
+        y = block.norm1(x)
+        split = (*y.shape[:2], att.num_attention_heads, att.head_dim)
+        q, k, v = (part(y).view(split).transpose(1, 2) for part in (att.q_proj, att.k_proj, att.v_proj))
+        logits = q @ k.transpose(-1, -2) * att.head_dim**-0.5 + mass.log()[:, None, None]
+        y = att.o_proj((logits.softmax(-1) @ v).transpose(1, 2).reshape(x.shape))
+        x = x + y * block.layer_scale1.lambda1
+        if plan is not None:
+            weights = torch.stack([plan.weight * (plan.slot == i) for i in range(plan.survivors.shape[-1])], 1)
+            held = torch.stack([(mass * (plan.slot == i)).sum(-1) for i in range(plan.survivors.shape[-1])], 1)
+            x, mass = weights @ x, held if plan.mass is not None else mass.gather(1, plan.survivors)
+        x = x + block.mlp(block.norm2(x)) * block.layer_scale2.lambda1
+    result: Tensor = model.layernorm(x)
+    return result
+
+
+@pytest.mark.parametrize("method", ["tome", "topk"])
+@torch.no_grad()
+def test_the_whole_encoder_is_what_a_plain_loop_gives(method: str) -> None:
+    model, given = encoder("dinov2"), inputs("dinov2")
+    with fewer.compress(model, method, keep=0.4) as run:
+        out = output(model, given)
+    torch.testing.assert_close(out, blockwise(model, given, run.plan), atol=1e-4, rtol=1e-4)
+    if method == "tome":
+        flawed = list(run.plan)
+        flawed[1] = Plan(flawed[1].slot, flawed[1].weight, flawed[1].survivors)
+        assert not torch.allclose(out, blockwise(model, given, flawed), atol=1e-4), "masses matter, and are compared"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_masses_by_mask_and_by_channel_are_one(family: str) -> None:
+    model, given = encoder(family), inputs(family)
+    found = {}
+    for form in ("mask", "channel", "off"):
+        with fewer.compress(model, "tome", keep=0.4, masses=form):
+            found[form] = output(model, given)
+    torch.testing.assert_close(found["mask"], found["channel"], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(found["mask"], found["off"], atol=1e-4)
+
+
+def test_masses_by_channel_hold_in_half_precision() -> None:
+    """The key's channel is a rounded value and what rounding left over: large masses are no worse than small ones."""
+    model = encoder("dinov2").to(torch.bfloat16)
+    given = {"pixel_values": inputs("dinov2")["pixel_values"].to(torch.bfloat16)}
+    found = {}
+    for form in ("mask", "channel"):
+        with fewer.compress(model, "tome", keep=0.1, masses=form):
+            found[form] = output(model, given).float()
+    encoder("dinov2").to(torch.float32)
+    encoder.cache_clear()
+    assert float((found["mask"] - found["channel"]).abs().mean()) < 0.05
+
+
+@pytest.mark.parametrize("family", [name for name in IMAGES if name != "siglip_vision_model"])
+@torch.no_grad()
+def test_merging_duplicates_loses_nothing(family: str) -> None:
+    """Neighbours that are exact duplicates are merged with masses: what is left has the features it had."""
+    model = encoder(family)
+    found = find(model)
+    assert found is not None
+    block, prefix = found[1][0], PREFIX[family]
+    x = torch.randn(2, prefix + 36, 32)
+    first = prefix + prefix % 2  # pairs begin at an odd index, since odd tokens take in even ones
+    start = first if first % 2 else first + 1
+    pairs = torch.arange(start, prefix + 35, 2)
+    x[:, pairs + 1] = x[:, pairs]
+    plain = block(x, None)
+    plain = plain[0] if isinstance(plain, tuple) else plain
+    with fewer.compress(model, "tome", keep=[prefix + 36 - len(pairs) - prefix] * 4) as run:
+        run.grid = (6, 6)
+        short = run.forward(0, x, {})
+    assert short.shape[1] == prefix + 36 - len(pairs)
+    same = plain.gather(1, run.plan[0].survivors.unsqueeze(-1).expand(-1, -1, 32))
+    torch.testing.assert_close(short, same, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", SHORTENING)
+def test_a_row_is_alone_what_it_is_in_a_batch(family: str, method: str) -> None:
+    model, given = encoder(family), inputs(family, rows=3)
+    with fewer.compress(model, method, keep=0.5) as run:
+        together = output(model, given)
+        assigned = run.assign
+        for row in range(3):
+            alone = output(model, {name: value[row : row + 1] for name, value in given.items()})
+            torch.testing.assert_close(alone[0], together[row], atol=1e-5, rtol=1e-5)
+            assert torch.equal(run.assign[0], assigned[row])
+
+
+@pytest.mark.parametrize("method", SHORTENING)
+def test_padding_changes_nothing(method: str) -> None:
+    model = encoder("bert")
+    ids = inputs("bert")["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[1, 15:] = 0
+    with fewer.compress(model, method, keep=0.5) as run:
+        together = output(model, {"input_ids": ids, "attention_mask": mask})
+        padded, counts = run.mass[1], (run.mass > 0).sum(-1).tolist()
+        alone = output(model, {"input_ids": ids[1:, :15]})
+    assert counts == [1 + 12, 1 + 7]
+    torch.testing.assert_close(together[1, : counts[1]], alone[0], atol=1e-5, rtol=1e-5)
+    assert bool((padded[counts[1] :] == 0).all())
+
+
+def test_padding_on_the_left_is_refused() -> None:
+    ids = inputs("bert")["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    with pytest.raises(UnsupportedModel, match="padding_side"), fewer.compress(encoder("bert"), "tome", keep=0.5):
+        output(encoder("bert"), {"input_ids": ids, "attention_mask": mask})
+
+
+@pytest.mark.parametrize("family", ["dinov2", "vit"])
+@torch.no_grad()
+def test_pruning_is_masking(family: str) -> None:
+    """Dropping tokens after a block's attention equals hiding their keys from then on."""
+    model, given = encoder(family), inputs(family)
+    with fewer.compress(model, FirstFew(1), keep=0.5):
+        short = output(model, given)
+    hidden = torch.zeros(1, 1, 1, 37)
+    hidden[..., short.shape[1] :] = -torch.inf
+    found = find(model)
+    assert found is not None
+
+    def mask(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return (args[0], hidden), {}
+
+    hooks = [block.register_forward_pre_hook(mask, with_kwargs=True) for block in found[1][2:]]
+    masked = output(model, given)
+    for hook in hooks:
+        hook.remove()
+    torch.testing.assert_close(short, masked[:, : short.shape[1]], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["copy", "zero", "pinv", "delta", "stale", "kernel"])
+@pytest.mark.parametrize("method", ["tome", "topk"])
+def test_every_way_back_gives_the_full_length(method: str, how: str) -> None:
+    model, given = encoder("dinov2"), inputs("dinov2")
+    with fewer.compress(model, method, keep=0.5, tape=True) as run:
+        short = output(model, given)
+    back = run.restore(short, how)
+    assert back.shape == (2, 37, 32) and bool(back.isfinite().all())
+    if how != "kernel":  # what survived has its own features
+        kept = back.gather(1, run.kept.unsqueeze(-1).expand_as(short))
+        if method == "topk":
+            torch.testing.assert_close(kept, short, atol=1e-5, rtol=1e-5)
+
+
+def test_copying_back_inside_equals_copying_back_outside() -> None:
+    model, given = encoder("dinov2"), inputs("dinov2")
+    with fewer.compress(model, "tome", keep=0.5) as run:
+        outside = run.restore(output(model, given))
+    with fewer.compress(model, "tome", keep=0.5, restore="copy"):
+        inside = output(model, given)
+    torch.testing.assert_close(inside, outside)
+    assert inside.shape[1] == 37
+
+
+def test_ways_back_that_need_the_tape_say_so() -> None:
+    model = encoder("dinov2")
+    with fewer.compress(model, "tome", keep=0.5) as run:
+        short = output(model, inputs("dinov2"))
+    with pytest.raises(FewerError, match="tape=True"):
+        run.restore(short, "delta")
+    with pytest.raises(UnknownName, match="copy"):
+        run.restore(short, "magic")
+
+
+@pytest.mark.parametrize(
+    ("keep", "went"),
+    [
+        (0.5, [33, 28, 24, 19]),
+        ([0.75, 0.75, 0.5, 0.25], [28, 28, 19, 10]),
+        ([30, 20, 20, 9], [31, 21, 21, 10]),
+        (0.25, [31, 24, 17, 10]),
+    ],
+)
+def test_keep_may_be_a_share_or_a_list(keep: Any, went: list[int]) -> None:
+    with fewer.compress(encoder("dinov2"), "random", keep=keep) as run:
+        output(encoder("dinov2"), inputs("dinov2"))
+    assert [one.went for one in run.trace] == went
+
+
+@pytest.mark.parametrize("method", SHORTENING)
+@pytest.mark.parametrize("schedule", ["constant", "linear", "geometric"])
+def test_a_share_of_the_flops_is_met(method: str, schedule: str) -> None:
+    model, given = encoder("dinov2"), inputs("dinov2")
+    with fewer.compress(model, method, keep="0.8 flops", schedule=schedule) as run:
+        output(model, given)
+    assert 0.7 < run.flops <= 0.8
+
+
+@pytest.mark.parametrize(
+    ("keep", "says"),
+    [
+        (0.0, "not in"),
+        (1.5, "not in"),
+        (float("nan"), "not in"),
+        (True, "cannot be read"),
+        ("much", "cannot be read"),
+        ("0 flops", "not in|cannot be read"),
+        ([0.5, 0.5], "2 entries"),
+        ([0.5, 0.6, 0.4, 0.4], "rises"),
+        ([0.5, 0, 0.4, 0.4], "neither a share nor a count"),
+        ("0.05 flops", "cannot be met"),
+    ],
+)
+def test_a_keep_that_cannot_be_is_one_clear_error(keep: Any, says: str) -> None:
+    model, given = encoder("dinov2"), inputs("dinov2")
+    plain = output(model, given)
+    with pytest.raises(BudgetError, match=says), fewer.compress(model, "tome", keep=keep):
+        output(model, given)
+    assert torch.equal(output(model, given), plain)
+
+
+def test_merging_in_pairs_cannot_leave_next_to_nothing() -> None:
+    with pytest.raises(BudgetError, match="prunes"), fewer.compress(encoder("dinov2"), "tome", keep=0.03):
+        output(encoder("dinov2"), inputs("dinov2"))
+    with fewer.compress(encoder("dinov2"), "random", keep=0.03) as run:
+        assert output(encoder("dinov2"), inputs("dinov2")).shape[1] == 1 + 2
+    assert run.trace[-1].went == 3
+
+
+def test_a_setting_that_cannot_gain_is_said() -> None:
+    with pytest.warns(FewerWarning, match="cannot make"), fewer.compress(encoder("dinov2"), "random", keep=0.99):
+        output(encoder("dinov2"), inputs("dinov2"))
+
+
+def test_bad_settings_are_refused_before_anything_is_changed() -> None:
+    model = encoder("dinov2")
+    for given, error, says in (
+        ({"masses": "twice"}, UnknownName, "mask"),
+        ({"positions": "here"}, UnknownName, "survivor"),
+        ({"restore": "magic"}, UnknownName, "copy"),
+        ({"schedule": "steep"}, BudgetError, "constant"),
+        ({"store": "kivi-4bit"}, FewerError, "store"),
+        ({"when": "decode"}, FewerError, "when"),
+    ):
+        with pytest.raises(error, match=says), fewer.compress(model, "tome", keep=0.5, **given):
+            pass
+    with pytest.raises(UnsupportedModel, match="family vit"), fewer.compress(model, "snapkv", keep=0.5):
+        pass
+    own = FirstFew()
+    own.needs = frozenset({Queries(last=4)})
+    with pytest.raises(MissingSignal, match="Queries"), fewer.compress(model, own, keep=0.5):
+        pass
+    assert not any("forward" in vars(m) for m in model.modules())
+
+
+def test_an_encoder_in_two_contexts_is_refused() -> None:
+    model = encoder("dinov2")
+    with fewer.compress(model, "tome", keep=0.5):
+        again = fewer.compress(model, "tome", keep=0.5)
+        with pytest.raises(FewerError, match="already"):
+            again.__enter__()
+
+
+def test_reading_a_run_before_anything_ran_says_so() -> None:
+    with fewer.compress(encoder("dinov2"), "tome", keep=0.5) as run, pytest.raises(FewerError, match="nothing was run"):
+        run.assign  # noqa: B018
+
+
+def test_several_towers_are_named() -> None:
+    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    text = CLIPTextConfig(vocab_size=99, bos_token_id=0, eos_token_id=1, **small).to_dict()
+    image = CLIPVisionConfig(image_size=32, patch_size=16, **small).to_dict()
+    both = CLIPModel(CLIPConfig(text_config=text, vision_config=image))
+    with pytest.raises(UnsupportedModel, match=r"vision_model.*"), fewer.compress(both, "tome", keep=0.5):
+        pass
+
+
+def test_a_text_tower_that_looks_back_is_refused() -> None:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    model = CLIPTextModel(CLIPTextConfig(vocab_size=99, bos_token_id=0, eos_token_id=1, **small)).eval()
+    with pytest.raises(UnsupportedModel), fewer.compress(model, "random", keep=0.5):
+        model(input_ids=torch.arange(12).unsqueeze(0))
+
+
+def test_attention_that_is_written_out_is_refused() -> None:
+    model = encoder("vit", attn_implementation="eager")
+    with pytest.raises(UnsupportedModel, match="sdpa"), fewer.compress(model, "tome", keep=0.5):
+        output(model, inputs("vit"))
+
+
+def test_half_precision_on_a_cpu_is_refused() -> None:
+    model = encoder("vit", hidden_dropout_prob=0.0).to(torch.float16)
+    given = {"pixel_values": inputs("vit")["pixel_values"].half()}
+    with pytest.raises(UnsupportedModel, match="bfloat16"), fewer.compress(model, "tome", keep=0.5):
+        output(model, given)
+
+
+def test_a_block_that_does_more_than_its_parts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host's next version may put another part between; it must be refused, not computed wrongly."""
+    model = encoder("dinov2", attention_probs_dropout_prob=0.0)
+    kind = type(model.encoder.layer[0])
+    plain = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, *args, **kwargs: plain(self, *args, **kwargs) * 1.01)
+    with pytest.raises(UnsupportedModel, match="do not add up"), fewer.compress(model, "tome", keep=0.5):
+        pass
+
+
+def test_gradients_flow_through_merged_tokens() -> None:
+    model = encoder("dinov2")
+    pixels = inputs("dinov2")["pixel_values"].requires_grad_()
+    with torch.enable_grad(), fewer.compress(model, "tome", keep=0.5):
+        model(pixel_values=pixels).last_hidden_state.square().sum().backward()
+    assert pixels.grad is not None and bool((pixels.grad != 0).any())
