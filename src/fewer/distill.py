@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fewer.allocate.rates import Proxies, Rates, learn
 from fewer.allocate.schedule import SHAPES
 from fewer.compress import compress
+from fewer.cost import Encoder
 from fewer.reduce.tail import masked
 from fewer.score.heads import attention_got
 from fewer.signals.heads import Attended, Heads
@@ -54,9 +55,7 @@ class Learning:
             self.left.clear()
         prune, merge = ways.kept(0, layer), ways.kept(1, layer)
         before = self.left[-1] if self.left else torch.tensor(float(ways.patches))
-        # the least is what is left, and both ways feel what it costs, as the authors have it
-        least = torch.stack([before, prune, merge]).detach().min()
-        self.left.append(least + (prune - prune.detach()) + (merge - merge.detach()))
+        self.left.append(torch.minimum(torch.minimum(prune, merge), before))
         return masked(tokens, scores, prune, merge, (ways.stays(0, layer), ways.stays(1, layer)))
 
 
@@ -77,7 +76,7 @@ def learned(
     training = model.training
     model.eval()
     try:
-        return _learned(model, pixels.split(batch), plain, named, flops, steps, seed, tick)
+        return _learned(model, torch.split(pixels, batch), plain, named, flops, steps, seed, tick)
     finally:
         model.train(training)
 
@@ -86,7 +85,8 @@ def _learned(
     model: nn.Module, batches: tuple[Tensor, ...], plain: Method, named: Callable[[Rates], Method], flops: float,
     steps: int, seed: int, tick: Callable[[str, float], None],
 ) -> tuple[Rates, dict[str, str]]:  # fmt: skip
-    tick("running the whole model", 0.0)
+    with compress(model, plain):  # refuses what is no encoder
+        tick("running the whole model", 0.0)
     with torch.no_grad():
         teacher = [read(model(x)) for x in batches]
 
@@ -115,7 +115,7 @@ def _learned(
         at = order[step]
         off = distance(read(model(batches[at])), teacher[at]).mean() / max(before, 1e-12)
         ends = [torch.tensor(float(proxies.patches))] * 2 + student.left  # the first block lets nobody go
-        return off, cost.share([(a + prefix, b + prefix) for a, b in pairwise(ends)], total)
+        return off, share_of(cost, [(a + prefix, b + prefix) for a, b in pairwise(ends)], total)
 
     with torch.enable_grad(), compress(model, student):
         learn(proxies, loss, flops, steps, lambda done: tick("learning rates", done))
@@ -160,7 +160,13 @@ def _same_masked(model: nn.Module, student: Learning, removing: Method, x: Tenso
         )
 
 
-def pictures(images: Iterable[Tensor]) -> Float[Tensor, "n c h w"]:
+def share_of(cost: Encoder, ends: Iterable[tuple[Tensor, Tensor]], tokens: int) -> Float[Tensor, ""]:
+    """`Encoder.share` with gradients to the counts."""
+    blocks = [2 * a * cost.attention + 4 * a * a * cost.inner + 2 * b * cost.mlp for a, b in ends]
+    return torch.stack(blocks).sum() / (len(blocks) * cost.block_flops(tokens, tokens))
+
+
+def pictures(images: Any) -> Float[Tensor, "n c h w"]:
     """All images as one tensor."""
     wanted = "rates are learned on images: an iterable of float tensors, (3, h, w) or (b, 3, h, w), all of one size"
     if not isinstance(images, Iterable):

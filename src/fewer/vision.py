@@ -91,18 +91,22 @@ class Saliency(nn.Module):
         return pixels.sigmoid()[:, 0]
 
 
+def square(image: Image.Image, size: int = 224) -> Image.Image:
+    """The middle square of a picture, scaled (bicubic) to `size` pixels a side."""
+    if size <= 0 or size % PATCH:
+        raise FewerError(f"an image's side must be a positive multiple of {PATCH}, such as 224, 448 or 518, not {size}")
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    middle = image.convert("RGB").crop((left, top, left + side, top + side))
+    return middle.resize((size, size), Image.Resampling.BICUBIC)
+
+
 def preprocess(image: Image.Image, size: int = 224) -> Float[Tensor, "1 3 size size"]:
     """The middle square of a picture, scaled (bicubic) to `size` pixels a side, with ImageNet's mean and deviation.
 
     Transparency is dropped, not shown on white.
     """
-    if size <= 0 or size % PATCH:
-        raise FewerError(f"an image's side must be a positive multiple of {PATCH}, such as 224, 448 or 518, not {size}")
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = image.convert("RGB").crop((left, top, left + side, top + side))
-    square = square.resize((size, size), Image.Resampling.BICUBIC)
-    values = torch.from_numpy(np.array(square, dtype=np.float32) / 255)  # (size, size, 3)
+    values = torch.from_numpy(np.array(square(image, size), dtype=np.float32) / 255)  # (size, size, 3)
     return ((values - torch.tensor(_MEAN)) / torch.tensor(_STD)).permute(2, 0, 1)[None]
 
 

@@ -57,7 +57,8 @@ def truncated(model: Any, blocks: int) -> Any:
 
 
 def batches(pixels: Tensor, size: int) -> Iterator[Tensor]:
-    yield from pixels.split(size)
+    for start in range(0, len(pixels), size):
+        yield pixels[start : start + size]
 
 
 def shortened(model: Any, method: str | Method, keep: float, restore: str | None = None) -> AbstractContextManager[Any]:
@@ -120,14 +121,16 @@ def maps(
     restore: str = "copy",
     batch: int = 8,
 ) -> tuple[Tensor, float]:
-    """Dense maps `(n, h, w)` from restored tokens, and the share of FLOPs."""
+    """Dense maps `(n, pixels)` from restored tokens, and the share of FLOPs.
+
+    Args:
+        head: gives a map `(b, y, x)` of all tokens, and the height and width of the pictures.
+    """
     found, flops = [], []
-    patch = model.config.patch_size
-    grid = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
+    size = (pixels.shape[-2], pixels.shape[-1])
     with shortened(model, method, keep, restore) as run:
         for some in batches(pixels, batch):
-            tokens = model(pixel_values=some).last_hidden_state[:, -grid[0] * grid[1] :]
-            found.append(head(tokens, grid).flatten(1))
+            found.append(head(model(pixel_values=some).last_hidden_state, size).flatten(1))
             flops.append(1.0 if run is None else run.flops)
     return torch.cat(found), fmean(flops)
 

@@ -62,24 +62,36 @@ def picture(rows: Sequence[Row]) -> str:
     if not panels:
         raise ValueError("nothing to draw: no quality and no KL was measured on every task of its kind")
     methods = list(dict.fromkeys(line.method for line in lines))
-    named = sorted(set(methods) - set(YARDSTICKS))
-    looks = {name: _look(i) for i, name in enumerate(named)} | {
-        "full": {"color": INK, "linestyle": "--", "marker": "*", "markersize": 8},
-        "random": {"color": GREY, "linestyle": ":", "marker": "x", "markersize": 5},
-        "uniform": {"color": GREY, "linestyle": "-.", "marker": "+", "markersize": 6},
-    }
+    looks = _looks(methods)
     with rc_context({**PICTURE_STYLE, "svg.hashsalt": "fewer quality"}):
         figure = Figure(figsize=(10.4, 3.7 + 0.2 * math.ceil(len(methods) / 6)), layout="constrained")
         for axes, (title, name, question) in zip(_axes(figure, 1, len(panels)), panels, strict=True):
             for method in methods:
                 _draw(axes, [line for line in lines if line.method == method], name, question, looks[method])
             _finish(axes, title, name)
-        handles = [figure.axes[0].plot([], [], **looks[method])[0] for method in methods]
-        legend = figure.legend(handles, ["."] * len(methods), loc="outside lower center", ncols=min(6, len(methods)))
-        # Set afterwards, as matplotlib leaves a label out of the legend when it starts with an underscore.
-        for text, method in zip(legend.get_texts(), methods, strict=True):
-            text.set_text(method)
+        _legend(figure, looks)
         return _svg(figure, "Quality against megabytes of cache kept, one line per method; the table has the numbers.")
+
+
+def scatter(panels: Mapping[str, Sequence[tuple[str, float, float]]], along: str) -> str:
+    """An SVG with one panel a title, each a line a method of `(method, x, quality)`; `along` names the x axis."""
+    methods = list(dict.fromkeys(method for points in panels.values() for method, _, _ in points))
+    if not methods:
+        raise ValueError("nothing to draw: no quality was measured")
+    looks = _looks(methods)
+    with rc_context({**PICTURE_STYLE, "svg.hashsalt": "fewer scatter"}):
+        figure = Figure(figsize=(10.4, 3.9 + 0.2 * math.ceil(len(methods) / 6)), layout="constrained")
+        for axes, (title, points) in zip(_axes(figure, 1, len(panels)), panels.items(), strict=True):
+            for method in methods:
+                mine = sorted((x, y) for name, x, y in points if name == method)
+                if mine:
+                    axes.plot(*zip(*mine, strict=True), **looks[method], clip_on=False)
+                if mine and method == "full":
+                    axes.axhline(mine[-1][1], color=INK, linestyle="--", linewidth=1, alpha=0.6)
+            axes.set_title(title)
+            axes.set_xlabel(along)
+        _legend(figure, looks)
+        return _svg(figure, f"Quality against {along}, one line per method; the tables have the numbers.")
 
 
 def kept_picture(kept: Mapping[str, list[list[int]]]) -> str:
@@ -122,6 +134,24 @@ def kept_picture(kept: Mapping[str, list[list[int]]]) -> str:
             labels = [f"keep {keep}" for keep in keeps]
             figure.legend(handles, labels, loc="outside upper right", ncols=min(8, len(keeps)))
         return _svg(figure, "Entries kept per layer, one panel per method; the table below has the numbers.")
+
+
+def _looks(methods: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """How each method is drawn: yardsticks in grey, the full model in ink."""
+    looks = {name: _look(i) for i, name in enumerate(sorted(set(methods) - set(YARDSTICKS)))} | {
+        "full": {"color": INK, "linestyle": "--", "marker": "*", "markersize": 8},
+        "random": {"color": GREY, "linestyle": ":", "marker": "x", "markersize": 5},
+        "uniform": {"color": GREY, "linestyle": "-.", "marker": "+", "markersize": 6},
+    }
+    return {name: looks[name] for name in methods}
+
+
+def _legend(figure: Figure, looks: Mapping[str, dict[str, Any]]) -> None:
+    handles = [figure.axes[0].plot([], [], **look)[0] for look in looks.values()]
+    legend = figure.legend(handles, ["."] * len(looks), loc="outside lower center", ncols=min(6, len(looks)))
+    # Set afterwards, as matplotlib leaves a label out of the legend when it starts with an underscore.
+    for text, method in zip(legend.get_texts(), looks, strict=True):
+        text.set_text(method)
 
 
 def _look(i: int) -> dict[str, Any]:

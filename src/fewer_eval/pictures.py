@@ -12,7 +12,6 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from jaxtyping import Int64, UInt8
@@ -20,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from fewer.models import ModelUnavailable, Pinned, Say, cache_dir, fetch, partial_folder
+from fewer.types import UnknownName
 
 
 class DataUnavailable(ModelUnavailable):
@@ -103,13 +103,13 @@ class Fashion:
     labels: Int64[Tensor, "n"]
 
 
-def photographs(
-    sources: Sequence[Literal["opencv", "skimage"]] = ("opencv", "skimage"), say: Say | None = None
-) -> dict[str, Image.Image]:
+def photographs(sources: Sequence[str] = ("opencv", "skimage"), say: Say | None = None) -> dict[str, Image.Image]:
     """Photographs by name, some of them grey: 36 of "opencv" (Debian's opencv-doc), 11 of "skimage" (scikit-image).
 
     Of pairs taken for stereo or motion only one is given. "skimage" is had through pip, on any system.
     """
+    for source in sources:
+        _known(source, "photographs are", ("opencv", "skimage"))
     pictures = {}
     for source in sources:
         if source == "opencv":
@@ -139,10 +139,11 @@ def stamps(say: Say | None = None) -> list[tuple[Image.Image, str]]:
     return found
 
 
-def fashion(split: Literal["train", "test"], say: Say | None = None) -> Fashion:
-    """Fashion-MNIST (MIT), from Debian's dataset-fashion-mnist: 60,000 pictures to train on and 10,000 to test on."""
-    folder = fetch_debian(FASHION, say)
-    part = {"train": "train", "test": "t10k"}[split]
+def fashion(split: str, say: Say | None = None) -> Fashion:
+    """Fashion-MNIST (MIT), from Debian's dataset-fashion-mnist: 60,000 pictures in "train", 10,000 in "test"."""
+    files = {"train": "train", "test": "t10k"}
+    _known(split, "split is", tuple(files))
+    folder, part = fetch_debian(FASHION, say), files[split]
     images = gzip.decompress((folder / f"{part}-images-idx3-ubyte.gz").read_bytes())
     labels = gzip.decompress((folder / f"{part}-labels-idx1-ubyte.gz").read_bytes())
     return Fashion(
@@ -150,6 +151,11 @@ def fashion(split: Literal["train", "test"], say: Say | None = None) -> Fashion:
         images=torch.frombuffer(bytearray(images), dtype=torch.uint8, offset=16).view(-1, 28, 28),
         labels=torch.frombuffer(bytearray(labels), dtype=torch.uint8, offset=8).long(),
     )
+
+
+def _known(name: str, are: str, names: tuple[str, ...]) -> None:
+    if name not in names:
+        raise UnknownName(f"no {are} called {name!r}: known are {', '.join(names)}")
 
 
 def fetch_debian(package: Debian, say: Say | None = None) -> Path:

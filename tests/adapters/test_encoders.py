@@ -286,6 +286,12 @@ def test_keep_may_be_a_share_or_a_list(keep: Any, went: list[int]) -> None:
     assert [one.went for one in run.trace] == went
 
 
+def test_a_list_overrules_the_places_that_a_method_was_published_with() -> None:
+    with fewer.compress(encoder("dinov2"), "topk", keep=[30, 20, 20, 9]) as run:
+        output(encoder("dinov2"), inputs("dinov2"))
+    assert [one.went for one in run.trace] == [31, 21, 21, 10]
+
+
 @pytest.mark.parametrize("method", SHORTENING)
 @pytest.mark.parametrize("schedule", ["constant", "linear", "geometric"])
 def test_a_share_of_the_flops_is_met(method: str, schedule: str) -> None:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from fewer.models import ModelUnavailable
+from fewer.types import UnknownName
 from fewer_eval import pictures
 from fewer_eval.pictures import DataUnavailable, Debian, fashion, fetch_debian, photographs, stamps
 
@@ -24,7 +25,7 @@ DIGEST = "122a93cedbaffa646401b8c129447615ad6d58209a0c9b0f603a2663f223bcef"
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Debian:
     """A small Debian package, a script in apt-get's place that finds it and nothing else, and an empty cache folder."""
-    if shutil.which("dpkg-deb") is None:
+    if (builder := shutil.which("dpkg-deb")) is None:
         pytest.skip("there is no dpkg-deb here")
     tree = tmp_path / "tree"
     for name, content in FILES.items():
@@ -35,7 +36,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Debian:
         "Package: fake\nVersion: 1:2.0-1\nArchitecture: all\nMaintainer: Nobody <n@example.org>\nDescription: fake\n"
     )
     archive = tmp_path / "fake_1%3a2.0-1_all.deb"
-    subprocess.run(["dpkg-deb", "--build", tree, archive], check=True, capture_output=True)  # noqa: S607
+    subprocess.run([builder, "--build", tree, archive], check=True, capture_output=True)  # noqa: S603  # our own tree
     tools = tmp_path / "tools"
     tools.mkdir()
     (tools / "apt-get").write_text(
@@ -122,6 +123,13 @@ def test_idx_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert test.images.shape == (2, 28, 28)
     assert test.images.flatten().tolist() == list(images[: 2 * 28 * 28])
     assert test.labels.tolist() == [9, 0]
+
+
+def test_other_sources_and_splits_are_named() -> None:
+    with pytest.raises(UnknownName, match="no photographs are called 'imagenet': known are opencv, skimage"):
+        photographs(["opencv", "imagenet"])
+    with pytest.raises(UnknownName, match="no split is called 'dev': known are train, test"):
+        fashion("dev")
 
 
 @pytest.mark.slow

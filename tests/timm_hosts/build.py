@@ -31,7 +31,7 @@ HOSTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 PREFIX = {"dinov2 registers": 5, "dinov3": 5, "deit distilled": 2, "naflex": 4}
 PREFIX |= dict.fromkeys(("vit average", "siglip", "relpos"), 0)
-POOLED = ("vit average", "siglip", "relpos", "naflex")
+POOLED = ("vit average", "siglip", "relpos", "naflex", "beit", "eva02")
 ROTARY = ("eva02", "dinov3", "rope", "rope mixed")
 RELATIVE = ("beit", "relpos")
 PLAIN = [name for name in HOSTS if name not in (*ROTARY, *RELATIVE)]
@@ -63,7 +63,9 @@ def images(name: str, rows: int = 2, seed: int = 0) -> Tensor:
 def entering(model: Any, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
     """The tokens that come to the first block, and what comes with them."""
     seen: list[Any] = []
-    hook = model.blocks[0].register_forward_pre_hook(lambda _, args, named: seen.append((args, named)), with_kwargs=True)
+    hook = model.blocks[0].register_forward_pre_hook(
+        lambda _, args, named: seen.append((args, named)), with_kwargs=True
+    )
     model.forward_features(x)
     hook.remove()
     (tokens, *_), named = seen[0]
@@ -110,7 +112,5 @@ def reduced(x: Tensor, slot: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
     for row in range(len(x)):
         members = [(slot[row] == s).nonzero().flatten() for s in range(int(slot[row].max()) + 1)]
         masses.append(torch.stack([mass[row, m].sum() for m in members]))
-        rows.append(
-            torch.stack([(x[row, m] * mass[row, m, None]).sum(0) / mass[row, m].sum() for m in members])
-        )
+        rows.append(torch.stack([(x[row, m] * mass[row, m, None]).sum(0) / mass[row, m].sum() for m in members]))
     return torch.stack(rows), torch.stack(masses)

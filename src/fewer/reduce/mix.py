@@ -21,7 +21,7 @@ def mix(tokens: Tokens, plan: Plan, likeness: Float[Tensor, "b k n"]) -> Transfo
     alone = closed(tokens) | (plan.counts == tokens.available).unsqueeze(-1)
     shut = (plan.survivors < 0) | alone.gather(-1, plan.survivors.clamp(min=0))
     share = likeness.float().masked_fill(shut.unsqueeze(-1), -torch.inf).softmax(-2)
-    part = torch.where(alone.unsqueeze(-2), own, share)
+    part = torch.where(alone.unsqueeze(-2), own, share) * masses(tokens).unsqueeze(-2)
     mass = part.sum(-1)
     starved = (mass <= torch.finfo(mass.dtype).tiny).unsqueeze(-1)
     return Transform(torch.where(starved, own, part / mass.unsqueeze(-1)), plan.survivors, mass)

@@ -97,7 +97,7 @@ def test_pairs_agree_with_the_reference(n: int, layer: int) -> None:
 
 
 def test_two_pairs_deviate_by_more_than_half_their_distance() -> None:
-    """Cosines 1 and 0 deviate by 0.71, not 0.5, from their mean: the first block would merge neither, the second one."""
+    """Cosines 1 and 0 deviate by 0.71, not 0.5, from their mean: block 1 would merge neither, block 2 one."""
     tokens = angled(45, 0, 0, 0, 90)
     for layer, count in ((0, 5), (1, 4)):
         there = place(5, rows=1, features=tokens, at=1, places=2, layer=layer, layers=12)

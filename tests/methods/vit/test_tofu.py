@@ -87,22 +87,14 @@ def test_opposites_are_not_blown_up() -> None:
 
 
 def test_padding_lends_no_length() -> None:
-    """Cells of padding are huge, and slots are as without them."""
-    short = place(12, rows=1, at=1, places=2)
-    cells = torch.full((1, 5, short.features.shape[-1]), 1e6)
-    heads = {"query": 5.0, "key": 1e3, "value": 0.0}
-    from fewer.signals.heads import Attended, Heads
-
-    own = short.signal(Heads, Attended)
-    wide = {
-        name: torch.cat([getattr(own, name), torch.full((1, 2, 5, own.key.shape[-1]), filler)], 2)
-        for name, filler in heads.items()
-    }
+    """Tokens 0 and 1 merge into the first slot, as do cells of padding that are huge, were they asked."""
+    short = place(5, rows=1, prefix=0, at=1, places=2, features=FEATURES, **HEADS)
+    cells, heads = torch.full((1, 3, 2), 1e6), {name: torch.nn.functional.pad(KEYS, (0, 0, 0, 3)) for name in HEADS}
     padded = place(
-        17, rows=1, lengths=[12], at=1, places=2, features=torch.cat([short.features, cells], 1), **wide
+        8, rows=1, prefix=0, at=1, places=2, lengths=[5], features=torch.cat([FEATURES, cells], 1), **heads
     )  # fmt: skip
-    alone, among = decide(ToFu(), short), decide(ToFu(), padded)
-    assert groups(alone) == groups(among)
+    alone, among = decide(ToFu(), short, 3), decide(ToFu(), padded, 3)
+    assert groups(alone) == groups(among) == [[0, 1], [2], [3, 4]]
     torch.testing.assert_close(alone.apply(short.features), among.apply(padded.features))
 
 

