@@ -22,13 +22,14 @@ PICTURE = ROOT / "docs" / "demo.svg"
 
 
 def methods_table() -> str:
-    lines = ["| method | mechanism | needs | faithful to | source |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| method | for | mechanism | needs | faithful to | source |", "| --- | --- | --- | --- | --- | --- |"]
     for name in METHODS:
         card = describe(name)
         path = METHODS[name].__module__.replace(".", "/")
         needs = ", ".join(card["needs"]) or "–"
+        family = {"kv": "caches", "vit": "encoders", "any": "both"}[card["family"]]
         lines.append(
-            f"| [{name}](src/{path}.py) | {card['mechanism']} | {needs} | {card['faithfulness']} | {card['source']} |"
+            f"| [{name}](src/{path}.py) | {family} | {card['mechanism']} | {needs} | {card['faithfulness']} | {card['source']} |"
         )
     return "\n".join(lines)
 

@@ -56,7 +56,8 @@ class Learning:
         prune, merge = ways.kept(0, layer), ways.kept(1, layer)
         before = self.left[-1] if self.left else torch.tensor(float(ways.patches))
         self.left.append(torch.minimum(torch.minimum(prune, merge), before))
-        return masked(tokens, scores, prune, merge, (ways.stays(0, layer), ways.stays(1, layer)))
+        first, second = (ways.stays(way, layer).to(scores.device) for way in (0, 1))
+        return masked(tokens, scores, prune, merge, (first, second))
 
 
 def learned(
@@ -124,7 +125,7 @@ def _learned(
     notes = {
         "learned on": f"{sum(len(x) for x in batches)} images in {steps} steps",
         "FLOPs": f"{share(rates):.4f} of the blocks', {flops} asked for",
-        "distance to the whole model": f"{after:.5f}; {before:.5f} with the {shape} schedule at the same FLOPs",
+        "distance to the whole model": f"{after:.5f} on these images; {before:.5f} with the {shape} schedule at the same FLOPs",
     }
     if after >= before:
         rates, notes["rates"] = start, f"those of the {shape} schedule: learning found none that are better"

@@ -178,8 +178,12 @@ class Transform:
 
     @property
     def assign(self) -> Int[Tensor, "b n"]:
-        """The slot that takes the most of each token, -1 for those that no slot takes any of."""
-        most = self.matrix.max(-2)
+        """The slot that takes the most of each token, -1 for those that no slot takes any of.
+
+        A row of the matrix is a share of its slot; times the slot's mass it is a share of the token.
+        """
+        taken = self.matrix if self.mass is None else self.matrix * self.mass.unsqueeze(-1)
+        most = taken.max(-2)
         return torch.where(most.values > 0, most.indices, -1)
 
     def apply(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b k d"]:

@@ -27,7 +27,8 @@ NEAREST, TEMPERATURE = 20, 0.01
 
 def copy(plan: Reduction, y: Float[Tensor, "*lead k d"]) -> Float[Tensor, "*lead n d"]:
     if isinstance(plan, Transform):  # the same association, read the other way round; rows sum to one
-        share = plan.matrix / plan.matrix.sum(-2, keepdim=True).abs().clamp(min=torch.finfo(torch.float32).tiny)
+        taken = plan.matrix if plan.mass is None else plan.matrix * plan.mass.unsqueeze(-1)
+        share = taken / taken.sum(-2, keepdim=True).abs().clamp(min=torch.finfo(torch.float32).tiny)
         spread: Tensor = share.transpose(-1, -2) @ y.float()
         return spread.to(y.dtype)
     kept = (plan.slot >= 0).unsqueeze(-1)

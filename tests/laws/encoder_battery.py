@@ -6,11 +6,17 @@ from dataclasses import replace
 
 import torch
 
-from fewer.types import Method, Plan
-from tests.methods.vit.build import decide, groups, kept, place
+from fewer.types import Method, Plan, Reduction, Tokens
+from tests.methods.vit import build
+from tests.methods.vit.build import groups, kept, place
 
+KEEP = 0.7  # of 36 patches at most half can leave in pairs; here methods have a choice
 GRID = (6, 6)
 N = 37
+
+
+def decide(method: Method, tokens: Tokens, keep: float | int = KEEP) -> Reduction:
+    return build.decide(method, tokens, keep)
 
 
 def _merges(method: Method) -> bool:

@@ -21,7 +21,7 @@ SPREAD = 0.1
 """Of the distribution that learning starts from, as a share of the patches."""
 RATE, LAST_RATE = 0.2, 0.02
 """Of learning; falls as a cosine does. The authors' are a twentieth of it, for many times the steps."""
-LAMBDA = 30.0
+LAMBDA = 100.0
 """Weight of the squared miss in FLOPs, in shares of all, beside a loss that starts at about one."""
 
 

@@ -41,10 +41,10 @@ from fewer.methods.kv.zipvl import ZipVL
 from fewer.methods.vit.algm import ALGM
 from fewer.methods.vit.ats import ATS
 from fewer.methods.vit.code_token_merging import CodeTokenMerging
+from fewer.methods.vit.diffrate import DiffRate
 from fewer.methods.vit.dpc_knn import DPCKNN
 from fewer.methods.vit.evit import EViT
 from fewer.methods.vit.expedit import Expedit
-from fewer.methods.vit.diffrate import DiffRate
 from fewer.methods.vit.mctf import MCTF
 from fewer.methods.vit.pitome import PiToMe
 from fewer.methods.vit.pooling import Pooling

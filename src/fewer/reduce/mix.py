@@ -4,6 +4,7 @@ Where the likeness to one slot is far above all others this is hard merging into
 """
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -25,3 +26,12 @@ def mix(tokens: Tokens, plan: Plan, likeness: Float[Tensor, "b k n"]) -> Transfo
     mass = part.sum(-1)
     starved = (mass <= torch.finfo(mass.dtype).tiny).unsqueeze(-1)
     return Transform(torch.where(starved, own, part / mass.unsqueeze(-1)), plan.survivors, mass)
+
+
+def likeness(tokens: Tokens, plan: Plan) -> Float[Tensor, "b k n"]:
+    """The cosine of each slot's own features and each token's, both less the mean of the row's free tokens."""
+    x, free = tokens.features.float(), (~closed(tokens)).unsqueeze(-1)
+    mean = (x * free).sum(-2, keepdim=True) / free.sum(-2, keepdim=True).clamp(min=1)
+    unit = F.normalize(x - mean, dim=-1)
+    alike: Tensor = plan.pick(unit) @ unit.transpose(-1, -2)
+    return alike

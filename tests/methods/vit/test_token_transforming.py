@@ -17,17 +17,19 @@ from tests.methods.vit.build import decide, groups, kept, place
 def test_worked_example() -> None:
     """Keys A = (1, 0), B = (0, 1) and C = (.1, .1); the class token's query (1, 1) finds 1, 1 and 0.2: A and B stay.
 
-    The temperature is 1 / ln 3, so a cosine of 1 weighs 3 and one of 0 weighs 1. A gives itself 3/4 and B 1/4, B the
-    reverse; C is as like to both, 1/2 each. Both new tokens have size 3/2 then, A' = (3/4 A + 1/4 B + 1/2 C) / (3/2).
-    With A = 6, B = 12 and C = 0 that is 5, and B' is 7.
+    Features are A = (1, 0), B = (0, 1) and C = (-1, -1), all shifted by (10, 20), their mean. Less it, A and B have the
+    cosine 0, and C is as unlike both. The temperature is 1 / ln 3, so a cosine of 1 weighs 3 and one of 0 weighs 1. A
+    gives itself 3/4 and B 1/4, B the reverse, C 1/2 each. Both new tokens have size 3/2 then, and A' is
+    (3/4 A + 1/4 B + 1/2 C) / (3/2), which is (1/6, -1/6) from the mean; B' is (-1/6, 1/6).
     """
     key = torch.tensor([[-1.0, -1], [1, 0], [0, 1], [0.1, 0.1]]).view(1, 1, 4, 2)
-    query = torch.ones(1, 1, 4, 2)
-    tokens = place(4, rows=1, query=query, key=key, value=key, features=torch.tensor([[[99.0], [6], [12], [0]]]))
+    features = torch.tensor([[[77.0, 78], [11, 20], [10, 21], [9, 19]]])
+    tokens = place(4, rows=1, query=torch.ones(1, 1, 4, 2), key=key, value=key, features=features)
     found = decide(TokenTransforming(temperature=1 / math.log(3)), tokens, 2)
     assert isinstance(found, Transform) and kept(found) == [0, 1, 2]
     torch.testing.assert_close(found.matrix[0, 1], torch.tensor([0, 1 / 2, 1 / 6, 1 / 3]))
-    torch.testing.assert_close(found.apply(tokens.features).flatten(), torch.tensor([99.0, 5, 7]))
+    expected = torch.tensor([[77, 78], [10 + 1 / 6, 20 - 1 / 6], [10 - 1 / 6, 20 + 1 / 6]])
+    torch.testing.assert_close(found.apply(features)[0], expected)
     assert found.mass is not None
     torch.testing.assert_close(found.mass, torch.tensor([[1, 1.5, 1.5]]))
 
@@ -52,11 +54,11 @@ def test_agrees_with_the_reference(n: int, keep: int, temperature: float) -> Non
     for row in range(2):
         chosen = best_by_loops(tokens, row, keep)
         assert kept(found, row) == [0, *chosen]
-        key = tokens.signals[Heads].key[row].mean(0)
+        x = tokens.features[row] - tokens.features[row, 1:].mean(0)
         new = [torch.zeros(tokens.features.shape[-1]) for _ in chosen]
         size = [0.0] * keep
         for j in range(1, n):
-            like = [float(F.cosine_similarity(key[c], key[j], dim=0)) for c in chosen]
+            like = [float(F.cosine_similarity(x[c], x[j], dim=0)) for c in chosen]
             weights = [math.exp(one / temperature) for one in like]
             for i in range(keep):
                 part = weights[i] / sum(weights) * float(mass[row, j])
@@ -77,14 +79,14 @@ def test_every_token_contributes_to_every_new_one() -> None:
 
 def hard(tokens: Tokens, keep: int) -> Plan:
     """The plan that sends every token to the informative one most like it, as a size-weighted mean."""
-    key = tokens.signals[Heads].key.mean(1)
+    x = tokens.features - tokens.features[:, 1:].mean(1, keepdim=True)
     partner = torch.zeros_like(tokens.positions)
     marked = torch.zeros_like(tokens.protected)
-    for row in range(len(key)):
+    for row in range(len(x)):
         chosen = best_by_loops(tokens, row, keep)
         marked[row, [0, *chosen]] = True
-        for j in range(key.shape[1]):
-            partner[row, j] = max(chosen, key=lambda c: float(F.cosine_similarity(key[row, c], key[row, j], dim=0)))
+        for j in range(x.shape[1]):
+            partner[row, j] = max(chosen, key=lambda c: float(F.cosine_similarity(x[row, c], x[row, j], dim=0)))
     return gather_in(tokens, Plan.keep(marked), partner, masses(tokens))
 
 

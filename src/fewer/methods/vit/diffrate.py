@@ -10,9 +10,10 @@
 Differs from the paper: where no rates are named, `keep` gives the count of every block, and of those that leave 65% are
 merged, the mean of the published rates with the last block left out. A cosine below 0 counts as 0. Where there is no
 class token, tokens are sorted by the attention they receive. On other numbers of patches, named rates are scaled.
-Learning: no labels, the whole model is the teacher; starts at the rates that `keep` would give and runs for a few
-hundred steps, so learns faster; block 0 is left out; in the end all counts are scaled to cost what was asked; where the
-rates one started from were better, they stay. For models that are read at their class token, not by pooling.
+Learning: no labels, the whole model is the teacher. It starts at the best schedule that `keep` knows and runs a hundred
+faster steps; the first block is left out; FLOPs are felt by that of the two rates that binds, in the authors'
+code by both; in the end all counts are scaled to cost what was asked, and where the start was better, it stays. Only
+for models that are read at their class token: those that pool would read what is masked.
 """
 
 import json
@@ -123,7 +124,7 @@ class DiffRate:
 
     @staticmethod
     def fit_to(
-        model: nn.Module, images: Iterable[Tensor], *, flops: float = 0.65, steps: int = 200, batch: int = 8,
+        model: nn.Module, images: Iterable[Tensor], *, flops: float = 0.65, steps: int = 100, batch: int = 8,
         seed: int = 0, tick: Callable[[str, float], None] = lambda what, share: None,
     ) -> Fit:  # fmt: skip
         """Learn the rates at which this model's output changes least.

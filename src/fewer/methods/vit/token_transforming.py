@@ -1,27 +1,28 @@
 """Token Transforming (arXiv 2506.05709): shorten by a dense matrix, of which pruning and merging are special cases.
 
     informative   the tokens that the class token attends to most, averaged over heads
-    matrix        each old token divides itself among them by softmax(likeness / temperature), cosine of its key and
-                  theirs; each new token is the mean of what it got, weighted by size: Y = W X, many to many
+    matrix        each old token divides itself among them by softmax(likeness / temperature), the cosine of features;
+                  each new token is the mean of what it got, weighted by size: Y = W X, many to many
 
 Towards temperature 0 every token goes whole to the informative one most like it: merging. With rows of the identity in
 place of W it is pruning.
 
 Differs from the paper: its code is not released and its text leaves open the selection, the likeness, the temperature,
-the places and the direction of the softmax; all are chosen here. Keys averaged over heads and sizes are ToMe's, the
-places and the equal shares at each EViT's. Class and register tokens are kept out of the mixture.
+the places and the direction of the softmax; all are chosen here. Places and the equal shares at each are EViT's, sizes
+are ToMe's. The image's mean is taken off before the cosine: what all tokens share makes all cosines near 1, and every
+new token the same blur. Of temperatures from 0.003 to 0.2, 0.03 left DINOv2-S nearest to itself on eight photographs,
+at half of the tokens; from 0.1 on it blurs. Class and register tokens are kept out of the mixture.
 """
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from fewer.allocate.uniform import uniform
-from fewer.reduce.mix import mix
+from fewer.reduce.mix import likeness, mix
 from fewer.reduce.select import top_k
-from fewer.score.heads import attention_got, head_mean, quarters
+from fewer.score.heads import attention_got, quarters
 from fewer.signals.heads import Attended, Heads
 from fewer.types import Allocation, Budget, BudgetError, Card, Plan, Tokens, Transform
 
@@ -43,7 +44,7 @@ class TokenTransforming:
     needs: ClassVar[frozenset[Any]] = frozenset({Heads()})
     schedule: ClassVar[str] = "geometric"
 
-    temperature: float = 0.05
+    temperature: float = 0.03
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
@@ -64,5 +65,4 @@ class TokenTransforming:
         plan = top_k(scores, allocation)
         if bool((plan.counts == tokens.available).all()):
             return plan
-        unit = F.normalize(head_mean(tokens.signal(Heads, Attended).key).float(), dim=-1)
-        return mix(tokens, plan, plan.pick(unit) @ unit.transpose(-1, -2) / self.temperature)
+        return mix(tokens, plan, likeness(tokens, plan) / self.temperature)

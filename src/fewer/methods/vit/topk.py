@@ -4,7 +4,8 @@
     keep     the same share at three places, a quarter, half and three quarters of the way
 
 Differs from the paper: an encoder without a class token is rated by the attention each token gets from all, which is
-what EViT's authors do elsewhere; the keep rate of each place follows from the share that is to be left.
+what others do; the keep rate of each place follows from the share that is to be left, and counts are rounded up, the
+authors' down.
 """
 
 from dataclasses import dataclass
