@@ -136,9 +136,9 @@ def compress(
             f"like those of {encoder_blocks.HOSTS}; for a decoder's cache see `fewer methods --family kv`"
         )
     if found is not None:
-        from fewer.adapters import encoder_run
+        from fewer.adapters import encoder_run, encoder_setting
 
-        setting = encoder_run.Setting.of(chosen, keep, schedule, masses, positions, restore, tape)
+        setting = encoder_setting.Setting.of(chosen, keep, schedule, masses, positions, restore, tape)
         with encoder_run.session(model, found, setting) as shortened:
             yield shortened
         return

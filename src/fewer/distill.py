@@ -125,7 +125,7 @@ def _learned(
     notes = {
         "learned on": f"{sum(len(x) for x in batches)} images in {steps} steps",
         "FLOPs": f"{share(rates):.4f} of the blocks', {flops} asked for",
-        "distance to the whole model": f"{after:.5f} on these images; {before:.5f} with the {shape} schedule at the same FLOPs",
+        "distance to the whole model": f"{after:.5f} on these images; {before:.5f} by the {shape} schedule at as many",
     }
     if after >= before:
         rates, notes["rates"] = start, f"those of the {shape} schedule: learning found none that are better"

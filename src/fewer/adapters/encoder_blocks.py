@@ -9,7 +9,7 @@ host whose next version puts another part between is refused, not computed wrong
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from fewer.types import UnsupportedModel
 
+MASKS = ("attention_mask", "attn_mask")
+"""What hosts call the mask they hand to a block."""
 Mix = Callable[[Any, Tensor, Mapping[str, Any]], Tensor]
 Feed = Callable[[Any, Tensor], Tensor]
 
@@ -184,3 +186,39 @@ def try_out(block: Any, shape: Shape, tokens: int) -> bool:
 def unmasked(module: nn.Module) -> dict[str, Any]:
     """Arguments that say there is no mask, to a module that wants to be told."""
     return {"attention_mask": None} if "attention_mask" in inspect.signature(module.forward).parameters else {}
+
+
+def padding_of(options: dict[str, Any], b: int, n: int, device: torch.device) -> Tensor:
+    """Which tokens are padding, read off the mask that the host hands to its first block."""
+    mask = next((options[name] for name in MASKS if options.get(name) is not None), None)
+    if mask is None:
+        return torch.zeros(b, n, dtype=torch.bool, device=device)
+    if mask.shape[-1] != n or mask.shape[0] not in (1, b):
+        raise UnsupportedModel(f"an attention mask of shape {tuple(mask.shape)} is not one over {n} keys")
+    rows = mask.reshape(mask.shape[0], -1, n)
+    seen = rows if rows.dtype is torch.bool else rows > torch.finfo(rows.dtype).min / 2
+    there = seen.any(1)
+    alike = (seen == there.unsqueeze(1)).all(-1)
+    if rows.shape[1] == n:
+        alike |= ~there  # what a padding token itself attends to does not matter
+    biased = rows.dtype is not torch.bool and bool((rows.masked_fill(~seen, 0) != 0).any())
+    if biased or not bool(alike.all()):
+        raise UnsupportedModel("this attention mask says more than which tokens are padding, and cannot be shortened")
+    padding: Tensor = (~there).expand(b, n)
+    if bool((padding[:, :-1] & ~padding[:, 1:]).any()):
+        raise UnsupportedModel("padding must come after the tokens: set tokenizer.padding_side = 'right'")
+    return padding
+
+
+def pools_of(model: nn.Module) -> Iterator[Any]:
+    """Modules that pool all tokens, or that get their mean right after it was taken."""
+    for module in model.modules():
+        if "AttentionPool" in type(module).__name__:  # timm's AttentionPoolLatent, SigLIP's head
+            yield module
+        elif getattr(module, "global_pool", None) in ("avg", "avgmax") and hasattr(module, "fc_norm"):  # timm's
+            yield module.fc_norm
+
+
+def is_patch(module: nn.Module) -> bool:
+    """Whether this is the convolution that cuts an image into patches."""
+    return isinstance(module, nn.Conv2d) and module.stride == module.kernel_size and module.stride[0] > 1

@@ -19,81 +19,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewer.adapters.encoder_blocks import Shape, try_out, unmasked
-from fewer.adapters.encoder_seam import MASSES, Seam, gathered
-from fewer.allocate.schedule import Schedule
+from fewer.adapters.encoder_blocks import MASKS, Shape, is_patch, padding_of, pools_of, try_out, unmasked
+from fewer.adapters.encoder_seam import Seam
+from fewer.adapters.encoder_setting import Setting
+from fewer.adapters.encoder_state import State
 from fewer.compress import step
 from fewer.cost import Encoder
-from fewer.restore import NEEDS_BASE, RESTORERS, restore
+from fewer.restore import restore
 from fewer.signals.heads import Attended, Heads
 from fewer.types import (
-    Budget,
     BudgetError,
     FewerError,
     FewerWarning,
     Method,
-    MissingSignal,
     Plan,
     Reduction,
     Site,
     Tokens,
-    UnknownName,
     UnsupportedModel,
 )
 
-MASKS = ("attention_mask", "attn_mask")
-"""What hosts call the mask they hand to a block."""
-POSITIONS = ("survivor", "centroid")
 WORTH = 0.97
 """Above this share of the FLOPs nothing can be won: choosing tokens costs about that much itself."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a user asked of an encoder; see `fewer.compress`."""
-
-    method: Method
-    schedule: Schedule
-    masses: str = "mask"
-    positions: str = "survivor"
-    restore: str | None = None
-    tape: bool = False
-
-    def __post_init__(self) -> None:
-        if self.masses not in MASSES:
-            raise UnknownName(f"masses={self.masses!r}: known are {', '.join(MASSES)}")
-        if self.positions not in POSITIONS:
-            raise UnknownName(f"positions={self.positions!r}: known are {', '.join(POSITIONS)}")
-        if self.restore is not None and self.restore not in RESTORERS:
-            raise UnknownName(f"restore={self.restore!r}: known ways are {', '.join(RESTORERS)}")
-        foreign = [need for need in self.method.needs if not isinstance(need, Heads)]
-        if foreign:
-            raise MissingSignal(
-                f"{type(self.method).__name__} reads {', '.join(type(need).__name__ for need in foreign)}, which an "
-                "encoder does not give; `fewer methods --family vit` lists the methods for encoders"
-            )
-
-    @classmethod
-    def of(
-        cls,
-        method: Method,
-        keep: Any,
-        schedule: str | None,
-        masses: str | None,
-        positions: str | None,
-        restore: str | None,
-        tape: bool,
-    ) -> "Setting":
-        """What `compress` was given, with what the method was published with where it says nothing."""
-        own: Any = method
-        shape = schedule or str(getattr(own, "schedule", "constant"))
-        weigh = masses or str(getattr(own, "masses", "mask"))
-        return cls(method, Schedule(keep, shape), weigh, positions or "survivor", restore, tape)
-
-    @property
-    def taped(self) -> bool:
-        """Whether the features that plans were made on are kept, for restoring."""
-        return self.tape or self.restore in NEEDS_BASE
 
 
 @dataclass(frozen=True)
@@ -103,22 +50,6 @@ class Trace:
     layer: int
     came: int
     went: int
-
-
-@dataclass
-class _State:
-    """One forward under way: what is left, and how it came to be."""
-
-    padding: Tensor  # (b, n)
-    positions: Tensor  # (b, n), the original that gives each token its place
-    mass: Tensor | None  # (b, n), None while each is one
-    originals: int
-    prefix: int
-    grid: tuple[int, int] | None
-    seen: Tensor  # (b,)
-    budgets: dict[int, Budget]
-    merged: Reduction | None = None  # from the originals to what is left, where anything left
-    handed: tuple[Tensor, Tensor] | None = None  # what the host got from the latest block, restored, and what is left
 
 
 @dataclass
@@ -138,7 +69,7 @@ class Run:
     grid: tuple[int, int] | None = None
     prefix: int = 1
     counted: bool = False
-    state: _State | None = field(default=None, repr=False)
+    state: State | None = field(default=None, repr=False)
     bases: list[Tensor | None] = field(default_factory=list, repr=False)
     checked: set[tuple[int, ...]] = field(default_factory=set, repr=False)
 
@@ -187,7 +118,7 @@ class Run:
             return restore(merged, y, how)
         for plan, base in zip(reversed(self.plan), reversed(self.bases), strict=True):
             if plan is not None:
-                y = restore(plan, y, how, base)
+                y = restore(plan, y, how, base, self.state.prefix if self.state else 0)
         return y
 
     def __str__(self) -> str:
@@ -196,7 +127,7 @@ class Run:
             return "not run yet"
         return f"{self.trace[0].came} tokens -> {counts}; {self.flops:.2f} of the FLOPs"
 
-    def _done(self) -> _State:
+    def _done(self) -> State:
         if self.state is None or len(self.trace) < len(self.blocks):
             raise FewerError("nothing was run inside this compress() yet: call the whole encoder first")
         return self.state
@@ -243,9 +174,10 @@ class Run:
         inside = unmasked(getattr(block, shape.attention)) | {
             name: value for name, value in options.items() if value is not None and (whole or name not in MASKS)
         }
+        weigh = self.setting.masses != "off"
         if inside.get("rope") is not None:
-            inside["rope"] = self._rope(inside["rope"])
-        with Seam(self._bias(), "host" if whole else self.setting.masses, self._cut) as seam:
+            inside["rope"] = state.rope(inside["rope"], self.setting.positions)
+        with Seam(state.bias(weigh), "host" if whole else self.setting.masses, state.cut) as seam:
             x = shape.mix(block, x, inside)
         attended = seam.attended
         if attended is None:
@@ -277,7 +209,7 @@ class Run:
         b, n, _ = x.shape
         if x.device.type == "cpu" and x.dtype is torch.float16:
             raise UnsupportedModel("float16 on a CPU: attention there loses accuracy and time; use float32 or bfloat16")
-        padding = _padding(options, b, n, x.device)
+        padding = padding_of(options, b, n, x.device)
         prefix = self.prefix if self.grid is None else n - self.grid[0] * self.grid[1]
         if not 0 <= prefix < n or (self.counted and prefix != self.prefix):
             raise UnsupportedModel(
@@ -301,49 +233,7 @@ class Run:
         )
         self.plan, self.trace, self.bases = [], [], []
         positions = torch.arange(n, device=x.device).expand(b, n)
-        self.state = _State(padding, positions, None, n, prefix, self.grid, seen, budgets)
-
-    def _bias(self) -> Tensor | None:
-        """What is added to the logits of each key."""
-        state = self.state
-        assert state is not None
-        weigh = state.mass is not None and self.setting.masses != "off"
-        padded = bool(state.padding.any())
-        if not weigh and not padded:
-            return None
-        ones = torch.zeros_like(state.positions, dtype=torch.float32)
-        bias = state.mass.clamp(min=torch.finfo(torch.float32).tiny).log() if weigh and state.mass is not None else ones
-        return (bias.masked_fill(state.padding, -torch.inf) if padded else bias)[:, None, None]
-
-    def _cut(self, bias: Tensor) -> Tensor:
-        """A host's own bias between tokens, on those that are left."""
-        state = self.state
-        assert state is not None
-        if state.merged is None:
-            return bias
-        return gathered(bias, state.positions, state.originals)
-
-    def _rope(self, rope: Tensor) -> Tensor:
-        """Rotary tables of the originals, sines first, on those that are left: `(patches, d)`, `(heads, patches, d)` or
-        `(b, 1 or heads, patches, d)`."""
-        state = self.state
-        assert state is not None
-        if state.merged is None:
-            return rope
-        b, prefix = len(state.seen), state.prefix
-        if rope.shape[-2] != state.originals - prefix:
-            raise UnsupportedModel(f"rotary tables of shape {tuple(rope.shape)} are not one row a patch")
-        rope = rope[(None,) * (4 - rope.ndim)]  # (1 or b, 1 or heads, patches, d)
-        rope = rope.expand(b, *rope.shape[1:])
-        if self.setting.positions == "survivor":
-            at = (state.positions[:, prefix:] - prefix).clamp(min=0)[:, None, :, None]
-            return rope.gather(2, at.expand(b, rope.shape[1], -1, rope.shape[-1]))
-        wide = torch.nn.functional.pad(rope.transpose(1, 2).flatten(2), (0, 0, prefix, 0))
-        turned = state.merged.apply(wide.float())[:, prefix:]
-        turned = turned.view(b, -1, rope.shape[1], rope.shape[-1]).transpose(1, 2)
-        sin, cos = turned.chunk(2, -1)  # the mean of rotations points where the mean coordinate does
-        length = (sin.square() + cos.square()).sqrt().clamp(min=1e-6)
-        return torch.cat([sin / length, cos / length], -1).to(rope.dtype)
+        self.state = State(padding, positions, None, n, prefix, self.grid, seen, budgets)
 
     def _shorten(self, layer: int, x: Tensor, attended: Attended | None) -> Tensor:
         """One decision, and what follows from it."""
@@ -354,10 +244,7 @@ class Run:
         places = sorted(state.budgets)  # a list in `keep` may name others than the method's own
         site = Site(layer, len(self.blocks), "encode", state.prefix, state.grid, places.index(layer), len(places))
         signals: dict[type, Any] = {} if attended is None else {Heads: attended}
-        tokens = Tokens(
-            x, state.positions, state.padding, protected, state.seen,
-            None if attended is None else attended.value.transpose(1, 2).flatten(2), signals, site, state.mass,
-        )  # fmt: skip
+        tokens = Tokens(x, state.positions, state.padding, protected, state.seen, None, signals, site, state.mass)
         budget = state.budgets[layer]
         key = (layer, *x.shape)
         plan: Reduction = step(setting.method, budget, tokens, check=key not in self.checked)
@@ -403,28 +290,6 @@ def _places(method: Method, layers: int) -> list[int]:
     return list(range(layers)) if asked is None else sorted(set(asked(layers)))
 
 
-def _padding(options: dict[str, Any], b: int, n: int, device: torch.device) -> Tensor:
-    """Which tokens are padding, read off the mask that the host hands to its first block."""
-    mask = next((options[name] for name in MASKS if options.get(name) is not None), None)
-    if mask is None:
-        return torch.zeros(b, n, dtype=torch.bool, device=device)
-    if mask.shape[-1] != n or mask.shape[0] not in (1, b):
-        raise UnsupportedModel(f"an attention mask of shape {tuple(mask.shape)} is not one over {n} keys")
-    rows = mask.reshape(mask.shape[0], -1, n)
-    seen = rows if rows.dtype is torch.bool else rows > torch.finfo(rows.dtype).min / 2
-    there = seen.any(1)
-    alike = (seen == there.unsqueeze(1)).all(-1)
-    if rows.shape[1] == n:
-        alike |= ~there  # what a padding token itself attends to does not matter
-    biased = rows.dtype is not torch.bool and bool((rows.masked_fill(~seen, 0) != 0).any())
-    if biased or not bool(alike.all()):
-        raise UnsupportedModel("this attention mask says more than which tokens are padding, and cannot be shortened")
-    padding: Tensor = (~there).expand(b, n)
-    if bool((padding[:, :-1] & ~padding[:, 1:]).any()):
-        raise UnsupportedModel("padding must come after the tokens: set tokenizer.padding_side = 'right'")
-    return padding
-
-
 @contextmanager
 def session(model: nn.Module, found: tuple[str, list[Any], Shape], setting: Setting) -> Iterator[Run]:
     """Shorten this encoder until the context is left."""
@@ -441,33 +306,19 @@ def session(model: nn.Module, found: tuple[str, list[Any], Shape], setting: Sett
     if setting.schedule.whole:
         run.setting = replace(setting, restore=None)
     with ExitStack() as leaving:
-        patch = next((m for m in model.modules() if _is_patch(m)), None)
+        patch = next((m for m in model.modules() if is_patch(m)), None)
         if patch is not None:
 
             def see(module: nn.Module, args: Any, output: Tensor) -> None:
                 run.grid = (output.shape[-2], output.shape[-1])
 
             leaving.callback(patch.register_forward_hook(see).remove)
-        for pool in _pools(model):
+        for pool in pools_of(model):
             leaving.callback(pool.register_forward_pre_hook(run.pooled).remove)
         for layer, block in enumerate(blocks):
             block.forward = _replaced(run, layer, tuples)
             leaving.callback(vars(block).pop, "forward")
         yield run
-
-
-def _pools(model: nn.Module) -> Iterator[Any]:
-    """Modules that pool all tokens, or that get their mean right after it was taken."""
-    for module in model.modules():
-        if "AttentionPool" in type(module).__name__:  # timm's AttentionPoolLatent, SigLIP's head
-            yield module
-        elif getattr(module, "global_pool", None) in ("avg", "avgmax") and hasattr(module, "fc_norm"):  # timm's
-            yield module.fc_norm
-
-
-def _is_patch(module: nn.Module) -> bool:
-    """Whether this is the convolution that cuts an image into patches."""
-    return isinstance(module, nn.Conv2d) and module.stride == module.kernel_size and module.stride[0] > 1
 
 
 def _replaced(run: Run, layer: int, tuples: bool) -> Callable[..., Any]:

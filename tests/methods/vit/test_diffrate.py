@@ -158,7 +158,7 @@ def test_published_rates_cost_what_their_names_say(name: str) -> None:
 
 
 def test_named_rates_decide_and_keep_is_a_bound() -> None:
-    """At the fourth block of deit-small-2.9, 167 patches are left by pruning and 155 by merging; 100, if keep says so."""
+    """At the fourth block of deit-small-2.9 167 patches are left by pruning and 155 by merging; 100 if keep says so."""
     tokens = place(197, rows=1, layer=3, layers=12)
     method = DiffRate(schedule_name="deit-small-2.9")
     plan = decide(method, tokens, 1.0)
