@@ -4,7 +4,7 @@ Plan        each token goes to one slot, or is dropped: pruning and merging
 Transform   each slot is any mixture of all tokens: a matrix, with the same verbs
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -38,6 +38,15 @@ class Plan:
     mass: Float[Tensor, "*lead k"] | None = None
     tier: Int[Tensor, "*lead k"] | None = None
     note: str = ""
+    even: bool = field(default=False, compare=False, repr=False)
+    """Whether every leading index is known to have as many slots: then none has to be looked for."""
+
+    @classmethod
+    def of(cls, survivors: Int[Tensor, "*lead k"], n: int) -> "Plan":
+        """Keep these of `n` tokens, given in their order, as many at every leading index; drop the others."""
+        places = torch.arange(survivors.shape[-1], device=survivors.device).expand_as(survivors)
+        slot = survivors.new_full((*survivors.shape[:-1], n), -1).scatter_(-1, survivors, places)
+        return cls(slot, (slot >= 0).float(), survivors, even=True)
 
     @classmethod
     def keep(cls, kept: Bool[Tensor, "*lead n"]) -> "Plan":
@@ -62,32 +71,27 @@ class Plan:
 
     def pick(self, x: Float[Tensor, "*lead n d"]) -> Float[Tensor, "*lead k d"]:
         """The survivors' own features; zeros in slots that do not exist."""
-        return picked(x, self.survivors)
+        return picked(x, self.survivors, self.even)
 
     def apply(self, x: Float[Tensor, "*lead n d"]) -> Float[Tensor, "*lead k d"]:
         """Fold all tokens into their slots, each with its weight; sums are taken in float32.
 
-        Survivors are copied, and then only what is not theirs alone is added: most of a plan moves nothing.
+        Survivors are copied, and then only what is more, or less, than themselves is added: most of a plan moves
+        nothing.
         """
-        real = self.survivors >= 0
-        own = self.weight.gather(-1, self.survivors.clamp(min=0))
-        home = torch.arange(real.shape[-1], device=x.device).expand_as(self.survivors)
-        # a survivor that gives its slot less than itself takes the rest of itself back
-        shares = (real & (own != 1)).flatten().nonzero().flatten()
-        joins = torch.nn.functional.pad(self.slot >= 0, (0, 1))  # slots that do not exist use the spare column
-        joins = joins.scatter(-1, torch.where(real, self.survivors, self.slot.shape[-1]), False)[..., :-1]
-        others = joins.flatten().nonzero().flatten()
-        out = picked(x, self.survivors)
-        if not len(shares) and not len(others):
+        out, wide = picked(x, self.survivors, self.even), self.survivors.shape[-1]
+        if not wide:
             return out
-        first = torch.arange(self.counts.numel(), device=x.device).view(self.counts.shape).unsqueeze(-1)
-        rows, wide = x.reshape(-1, x.shape[-1]), real.shape[-1]
-        into = torch.cat([(first * wide + home).flatten()[shares], (first * wide + self.slot).flatten()[others]])
-        token = torch.cat([(first * x.shape[-2] + self.survivors).flatten()[shares], others])
-        weight = torch.cat([own.flatten()[shares] - 1, self.weight.flatten()[others]])
-        out = out.float().reshape(-1, x.shape[-1])
-        out.index_add_(0, into, rows.index_select(0, token).float() * weight.unsqueeze(-1))
-        return out.view(*self.survivors.shape, x.shape[-1]).to(x.dtype)
+        home = self.survivors.gather(-1, self.slot.clamp(min=0)) == torch.arange(x.shape[-2], device=x.device)
+        more = torch.where(self.slot < 0, 0, self.weight - home.float()).flatten()
+        who = more.nonzero().flatten()
+        if not len(who):
+            return out
+        first = torch.arange(0, self.counts.numel() * wide, wide, device=x.device).view(*self.counts.shape, 1)
+        into = (first + self.slot).flatten()[who]
+        added = x.reshape(-1, x.shape[-1]).index_select(0, who).float() * more[who].unsqueeze(-1)
+        folded = out.float().reshape(-1, x.shape[-1]).index_add_(0, into, added)
+        return folded.view(out.shape).to(x.dtype)
 
     def restore(self, y: Float[Tensor, "*lead k d"], how: str = "copy") -> Float[Tensor, "*lead n d"]:
         """Back to the original length; see `fewer.restore` for the ways."""
@@ -141,6 +145,8 @@ class Plan:
             raise FewerError("the plan sends a token to a slot that does not exist")
         if padding is not None and bool((padding & (self.slot >= 0)).any()):
             raise FewerError("the plan keeps padding")
+        if self.even and not bool(real.all()):
+            raise FewerError("the plan says that it has as many slots everywhere, and has not")
 
 
 @dataclass(frozen=True)
@@ -225,10 +231,13 @@ class Transform:
 Reduction = Plan | Transform
 
 
-def picked(x: Float[Tensor, "*lead n d"], survivors: Int[Tensor, "*lead k"]) -> Float[Tensor, "*lead k d"]:
-    """Some tokens' features, copied row by row; zeros where there is none (-1)."""
-    filled, lead = survivors >= 0, survivors.shape[:-1]
-    first = torch.arange(lead.numel(), device=x.device).view(*lead, 1) * x.shape[-2]
-    rows = x.reshape(-1, x.shape[-1]).index_select(0, (first + survivors.clamp(min=0)).flatten())
+def picked(
+    x: Float[Tensor, "*lead n d"], survivors: Int[Tensor, "*lead k"], even: bool = False
+) -> Float[Tensor, "*lead k d"]:
+    """Some tokens' features, copied row by row; zeros where there is none (-1), which `even` says is nowhere."""
+    lead, n = survivors.shape[:-1], x.shape[-2]
+    there = survivors if even else survivors.clamp(min=0)
+    first = torch.arange(0, lead.numel() * n, n, device=x.device).view(*lead, 1)
+    rows = x.reshape(-1, x.shape[-1]).index_select(0, (first + there).flatten())
     found = rows.view(*survivors.shape, x.shape[-1])
-    return found if bool(filled.all()) else torch.where(filled.unsqueeze(-1), found, 0)
+    return found if even or bool((survivors >= 0).all()) else torch.where((survivors < 0).unsqueeze(-1), 0, found)

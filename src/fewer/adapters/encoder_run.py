@@ -69,6 +69,7 @@ class Run:
     grid: tuple[int, int] | None = None
     prefix: int = 1
     counted: bool = False
+    plain: dict[str, Any] = field(default_factory=dict)  # what tells the host's attention that there is no mask
     state: State | None = field(default=None, repr=False)
     bases: list[Tensor | None] = field(default_factory=list, repr=False)
     checked: set[tuple[int, ...]] = field(default_factory=set, repr=False)
@@ -170,8 +171,8 @@ class Run:
         early = getattr(self.setting.method, "before", False)
         if early and layer in state.budgets:
             x = self._shorten(layer, x, None)
-        whole = state.merged is None  # nobody left yet: the host's own mask, and so its own numbers to the bit
-        inside = unmasked(getattr(block, shape.attention)) | {
+        whole = not state.plans  # nobody left yet: the host's own mask, and so its own numbers to the bit
+        inside = self.plain | {
             name: value for name, value in options.items() if value is not None and (whole or name not in MASKS)
         }
         weigh = self.setting.masses != "off"
@@ -254,14 +255,14 @@ class Run:
             return x
         self.plan.append(plan)
         self.bases.append(x if setting.taped else None)
-        there = plan.survivors >= 0
+        state.ragged = not (isinstance(plan, Plan) and plan.even)
+        state.padding = plan.survivors < 0
         state.positions = state.positions.gather(-1, plan.survivors.clamp(min=0))
-        state.padding = ~there
         if plan.mass is not None:
             state.mass = plan.mass
         elif state.mass is not None:
             state.mass = state.mass.gather(-1, plan.survivors.clamp(min=0))
-        state.merged = plan if state.merged is None else state.merged.then(plan)
+        state.plans.append(plan)
         return plan.apply(x)
 
     def _finish(self, came: int) -> None:
@@ -302,6 +303,7 @@ def session(model: nn.Module, found: tuple[str, list[Any], Shape], setting: Sett
     kinds = {str(block): block for block in reversed(blocks)}  # one of each, as its parts are written out
     tuples = [try_out(block, shape, 6 if not patches else patches + (prefix or 0)) for block in kinds.values()][-1]
     run = Run(setting, blocks, shape, Encoder.of(blocks[0], shape.attention, shape.mlp))
+    run.plain = unmasked(getattr(blocks[0], shape.attention))
     run.prefix, run.counted = 1 if prefix is None else prefix, prefix is not None
     if setting.schedule.whole:
         run.setting = replace(setting, restore=None)

@@ -1,6 +1,7 @@
 """One forward of an encoder under way: what is left, and what the host's own tables become for it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -23,13 +24,19 @@ class State:
     grid: tuple[int, int] | None
     seen: Tensor  # (b,)
     budgets: dict[int, Budget]
-    merged: Reduction | None = None  # from the originals to what is left, where anything left
+    ragged: bool = True  # whether some row may have padding
+    plans: list[Reduction] = field(default_factory=list)  # what has left so far, place by place
     handed: tuple[Tensor, Tensor] | None = None  # what the host got from the latest block, restored, and what is left
+
+    @property
+    def merged(self) -> Reduction | None:
+        """From the originals to what is left, as one; None where nobody left. Composed when it is asked for."""
+        return reduce(lambda first, then: first.then(then), self.plans) if self.plans else None
 
     def bias(self, weigh: bool) -> Tensor | None:
         """What is added to the logits of each key: -inf for padding, and its mass's logarithm, if masses weigh."""
         weigh = weigh and self.mass is not None
-        padded = bool(self.padding.any())
+        padded = self.ragged and bool(self.padding.any())
         if not weigh and not padded:
             return None
         ones = torch.zeros_like(self.positions, dtype=torch.float32)
@@ -38,7 +45,7 @@ class State:
 
     def cut(self, bias: Tensor) -> Tensor:
         """A host's own bias between tokens, on those that are left."""
-        if self.merged is None:
+        if not self.plans:
             return bias
         return gathered(bias, self.positions, self.originals)
 
@@ -49,7 +56,8 @@ class State:
         The centroid is where the mean of the members' rotations points. For members within half a turn of each other
         that is the rotation of their mean coordinate; for fast channels of members far apart it is not.
         """
-        if self.merged is None:
+        merged = self.merged if positions == "centroid" else None
+        if not self.plans:
             return rope
         b, prefix = len(self.seen), self.prefix
         if rope.shape[-2] != self.originals - prefix:
@@ -60,7 +68,8 @@ class State:
             at = (self.positions[:, prefix:] - prefix).clamp(min=0)[:, None, :, None]
             return rope.gather(2, at.expand(b, rope.shape[1], -1, rope.shape[-1]))
         wide = torch.nn.functional.pad(rope.transpose(1, 2).flatten(2), (0, 0, prefix, 0))
-        turned = self.merged.apply(wide.float())[:, prefix:]
+        assert merged is not None
+        turned = merged.apply(wide.float())[:, prefix:]
         turned = turned.view(b, -1, rope.shape[1], rope.shape[-1]).transpose(1, 2)
         sin, cos = turned.chunk(2, -1)
         length = (sin.square() + cos.square()).sqrt().clamp(min=1e-6)

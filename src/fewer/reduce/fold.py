@@ -42,9 +42,11 @@ def propose(tokens: Tokens, alike: Float[Tensor, "b even odd"]) -> Matching:
     value = torch.full(tokens.positions.shape, torch.inf, device=alike.device)
     partner = torch.arange(tokens.positions.shape[1], device=alike.device).repeat(len(alike), 1)
     if alike.shape[-1]:
-        alike = alike.masked_fill(shut[:, ::2, None] | shut[:, None, 1::2], -torch.inf)
+        deaf = shut[:, None, 1::2]
+        if bool(deaf.any()):  # a class token alone stands at an even place, and this is a pass over all pairs
+            alike = alike.masked_fill(deaf, -torch.inf)
         best = alike.max(-1)
-        value[:, ::2] = -best.values  # +inf where there is nobody to join
+        value[:, ::2] = torch.where(shut[:, ::2], torch.inf, -best.values)  # +inf too where there is nobody to join
         partner[:, ::2] = 2 * best.indices + 1
     return Matching(value, partner)
 
