@@ -207,7 +207,11 @@ def main() -> None:
     parser.add_argument("--masses", default="mask", help="mask, channel or off")
     parser.add_argument("--json", type=Path, default=Path("results/vit-speed.json"))
     options = parser.parse_args()
-    names = [name for name, known in of_family("vit").items() if name != "full" and not wants(known)]
+    names = [
+        name
+        for name, known in of_family("vit").items()
+        if name != "full" and not wants(known) and not getattr(known, "for_text", False)
+    ]
     if options.methods != "all":
         names = options.methods.split(",")
     model, _ = vision.load_vision()

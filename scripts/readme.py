@@ -29,7 +29,8 @@ def methods_table() -> str:
         needs = ", ".join(card["needs"]) or "–"
         family = {"kv": "caches", "vit": "encoders", "any": "both"}[card["family"]]
         lines.append(
-            f"| [{name}](src/{path}.py) | {family} | {card['mechanism']} | {needs} | {card['faithfulness']} | {card['source']} |"
+            f"| [{name}](src/{path}.py) | {family} | {card['mechanism']} | {needs} | {card['faithfulness']} "
+            f"| {card['source']} |"
         )
     return "\n".join(lines)
 

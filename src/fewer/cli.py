@@ -247,9 +247,16 @@ def image(
 def fit_method(
     method: str,
     file: Annotated[Path, typer.Option("--out", help="Where the fit goes.")],
-    data: Annotated[Path | None, typer.Option(help="A text file to fit on, instead of the built-in mixture.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="What to fit on instead of what is built in: a text file, or a folder of pictures."),
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens to fit on, in all.", min=64)] = 12_000,
     length: Annotated[int, typer.Option(help="Length of a context in tokens.", min=64)] = 1000,
+    size: Annotated[int, typer.Option(help="Pixels a side, for methods that are fitted on pictures.")] = 224,
+    flops: Annotated[
+        float | None, typer.Option(help="The share of FLOPs to fit to, for methods that want one.")
+    ] = None,
     seed: int = 0,
     model: ModelName = "default",
     as_json: Json = False,
@@ -265,10 +272,18 @@ def fit_method(
         raise FewerError(f"{method} needs no fit; methods that want one are {able}")
     if not file.parent.is_dir():
         raise FewerError(f"--out {file}: there is no folder {file.parent}")
-    own = None if data is None else _text(data, "--data")
-    loaded, tokenizer = load(model, say=err.print)
-    what = _needles if getattr(type(resolve(method)), "fits_on", "text") == "needles" else _contexts
-    contexts = what(tokenizer, own, tokens, length, seed)
+    fits_on, options = getattr(type(resolve(method)), "fits_on", "text"), {}
+    if flops is not None:
+        if fits_on != "images":
+            raise FewerError(f"--flops {flops}: {method} is not fitted to a share of FLOPs")
+        options["flops"] = flops
+    loaded: Any
+    if fits_on == "images":
+        loaded, contexts = _pictures(data, model, size)
+    else:
+        own = None if data is None else _text(data, "--data")
+        loaded, tokenizer = load(model, say=err.print)
+        contexts = (_needles if fits_on == "needles" else _contexts)(tokenizer, own, tokens, length, seed)
     columns = (TextColumn("{task.description:32s}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=err) as progress:
         bar = progress.add_task("starting", total=1.0)
@@ -276,7 +291,7 @@ def fit_method(
         def tick(what: str, share: float) -> None:
             progress.update(bar, description=what, completed=share)
 
-        made: fits.Fit = fit_to(loaded, contexts, seed=seed, tick=tick)
+        made: fits.Fit = fit_to(loaded, contexts, seed=seed, tick=tick, **options)
         progress.update(bar, description="done", completed=1.0)
     fits.save(made, file)
     if as_json:
@@ -286,6 +301,31 @@ def fit_method(
     for name, note in made.notes.items():
         out.print(f"{name}: {note}", highlight=False, markup=False)
     out.print(f"wrote {file}", highlight=False, markup=False)
+
+
+def _pictures(data: Path | None, name: str, size: int) -> tuple[Any, list[Any]]:
+    """A vision model, and pictures for it: those of a folder, or the built-in photographs."""
+    from PIL import Image, UnidentifiedImageError
+
+    from fewer import vision
+    from fewer_eval.pictures import photographs
+
+    if data is None:
+        pictures = list(photographs(say=err.print).values())
+    elif not data.is_dir():
+        raise FewerError(f"--data {data}: there is no such folder of pictures")
+    else:
+        pictures = []
+        for path in sorted(data.iterdir()):
+            try:
+                with Image.open(path) as opened:
+                    pictures.append(opened.convert("RGB"))
+            except (OSError, UnidentifiedImageError):
+                err.print(f"{path} is no picture and left out", markup=False)
+    if not pictures:
+        raise FewerError(f"--data {data}: there is no picture in it")
+    model, _ = vision.load_vision(name, say=err.print)
+    return model, [vision.preprocess(picture, size) for picture in pictures]
 
 
 def _contexts(tokenizer: Any, own: str | None, tokens: int, length: int, seed: int) -> list[Any]:

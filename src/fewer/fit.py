@@ -94,8 +94,9 @@ def fingerprint(model: nn.Module) -> str:
 
     The sample is rounded to bfloat16, so that a model loaded in half precision still is the same.
     """
-    config: Any = model.config
-    config = config.get_text_config(decoder=True)
+    config: Any = getattr(model, "config", None)  # timm's models have none: their weights' names and shapes tell them
+    if config is not None:
+        config = config.get_text_config(decoder=True)
     sizes = [f"{name}={getattr(config, name, None)}" for name in SIZES]
     inner: nn.Module = getattr(model, "base_model", model)  # with or without a head on it
     names, samples = [], []
@@ -108,24 +109,25 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def wants(thing: object) -> bool:
-    """Whether a method, or a need, has a place for a fit."""
-    return "fit" in getattr(thing, "__dataclass_fields__", {})
+    """Whether a method, or a need, has a place for a fit that it cannot do without."""
+    return "fit" in getattr(thing, "__dataclass_fields__", {}) and not getattr(thing, "fit_optional", False)
 
 
 def check(method: Any, model: nn.Module) -> None:
     """Raise `FewerError` if the method, or one of its needs, has no fit where it wants one, or another model's."""
     name, ours = type(method).__name__, None
     for thing in (method, *method.needs):
-        if not wants(thing):
-            continue
-        if thing.fit is None:
+        fit = getattr(thing, "fit", None)
+        if not isinstance(fit, Fit):
+            if not wants(thing):
+                continue
             raise FewerError(
                 f"{name} has to be fitted to the model first: `fewer fit METHOD --model MODEL --out FILE`, then "
                 f"{name}.load(FILE), or --fit FILE on the command line"
             )
         ours = fingerprint(model) if ours is None else ours
-        if thing.fit.model != ours:
+        if fit.model != ours:
             raise FewerError(
-                f"{name} was fitted to another model ({thing.fit.model[:12]}) than this {type(model).__name__} "
+                f"{name} was fitted to another model ({fit.model[:12]}) than this {type(model).__name__} "
                 f"({ours[:12]}); fit it to this one with `fewer fit`"
             )

@@ -10,8 +10,8 @@ from fewer_eval.overlay import DARK, LINE, overlay
 def test_worked_example() -> None:
     """Patches of 4 pixels: the upper two are one token, the lower left is dropped, the lower right is a token itself.
 
-    The upper two, red 100 and red 200, become red 150; the dropped one keeps a part of its light; lines run where tokens
-    meet.
+    The upper two, red 100 and red 200, become red 150; the dropped one keeps a part of its light; lines run where
+    tokens meet.
     """
     seen = np.zeros((8, 8, 3), np.uint8)
     seen[:4, :4], seen[:4, 4:], seen[4:, :4], seen[4:, 4:] = (100, 0, 0), (200, 0, 0), (0, 100, 0), (0, 0, 77)

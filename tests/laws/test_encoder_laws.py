@@ -74,7 +74,8 @@ def _by_batch(tokens: Tokens, scores: Matching) -> Matching:
 
 
 def _by_padding(tokens: Tokens, scores: Matching) -> Matching:
-    far = (tokens.features.float().sum(-1, keepdim=True) - tokens.features.float().mean((-1, -2))[:, None, None])[..., 0]
+    x = tokens.features.float()
+    far = x.sum(-1) - x.mean((-1, -2)).unsqueeze(1)  # of padding too
     return scores._replace(value=torch.where(scores.value.isinf(), scores.value, far.abs() % 0.1))
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewer import fit as fits
 from fewer.adapters.encoder_blocks import MASKS, Shape, is_patch, padding_of, pools_of, try_out, unmasked
 from fewer.adapters.encoder_seam import Seam
 from fewer.adapters.encoder_setting import Setting
@@ -297,6 +298,7 @@ def session(model: nn.Module, found: tuple[str, list[Any], Shape], setting: Sett
     _, blocks, shape = found
     if any("forward" in vars(block) for block in blocks):
         raise FewerError("this encoder is inside a compress() already, or another tool replaced its blocks' forward")
+    fits.check(setting.method, model)
     told: Iterator[Any] = (m.num_prefix_tokens for m in model.modules() if hasattr(m, "num_prefix_tokens"))
     prefix = next(told, None)
     patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)
@@ -305,7 +307,7 @@ def session(model: nn.Module, found: tuple[str, list[Any], Shape], setting: Sett
     run = Run(setting, blocks, shape, Encoder.of(blocks[0], shape.attention, shape.mlp))
     run.plain = unmasked(getattr(blocks[0], shape.attention))
     run.prefix, run.counted = 1 if prefix is None else prefix, prefix is not None
-    if setting.schedule.whole:
+    if setting.schedule.whole and getattr(setting.method, "exact", True):
         run.setting = replace(setting, restore=None)
     with ExitStack() as leaving:
         patch = next((m for m in model.modules() if is_patch(m)), None)

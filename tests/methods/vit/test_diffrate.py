@@ -275,7 +275,7 @@ def test_masking_is_removing(vit: nn.Module, images: Tensor) -> None:
         with torch.no_grad():
             with compress(vit, student):
                 masks = vit(images).logits
-            with compress(vit, DiffRate(fit=Fit("diffrate", "", rates.tensors))):
+            with compress(vit, DiffRate(fit=Fit("diffrate", fingerprint(vit), rates.tensors))):
                 removed = vit(images).logits
         torch.testing.assert_close(masks, removed, atol=1e-3, rtol=1e-3)
         assert [one.tolist() for one in student.left] == [went for _, went in rates.ends][1:]

@@ -49,6 +49,7 @@ class CodeTokenMerging:
     before: ClassVar[bool] = True
     exact: ClassVar[bool] = False
     floor: ClassVar[bool] = True
+    for_text: ClassVar[bool] = True
 
     @classmethod
     def for_code(

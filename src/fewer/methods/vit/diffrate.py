@@ -67,6 +67,8 @@ class DiffRate:
         differs="without named rates, 65% of what leaves is merged; rates are learned by distillation",
     )
     needs: ClassVar[frozenset[Any]] = frozenset({Heads()})
+    fit_optional: ClassVar[bool] = True
+    fits_on: ClassVar[str] = "images"
 
     def __post_init__(self) -> None:
         if not 0 <= self.merged <= 1:
@@ -138,8 +140,10 @@ class DiffRate:
         """
         from fewer.distill import learned  # which compresses, and so knows every method
 
+        ours = fingerprint(model)
+
         def named(rates: Rates) -> DiffRate:
-            return DiffRate(fit=Fit("diffrate", "", rates.tensors))
+            return DiffRate(fit=Fit("diffrate", ours, rates.tensors))
 
         rates, notes = learned(model, images, DiffRate(), named, flops, steps, batch, seed, tick)
-        return Fit("diffrate", fingerprint(model), rates.tensors, notes)
+        return Fit("diffrate", ours, rates.tensors, notes)
