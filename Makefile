@@ -7,7 +7,7 @@ TIMM := .venv-timm
 PEER := .venv-kvpress
 FITS := out/kvzap.fit out/razorattention.fit out/compresskv.fit
 
-.PHONY: demo test test-oldest test-timm check bench evidence docs clean
+.PHONY: demo test test-oldest test-timm check bench bench-vit evidence evidence-vit docs clean
 
 demo: $(VENV)/.installed  ## compare every method on the default model: table, out/report.html, out/results.jsonl
 	scripts/demo
@@ -29,6 +29,12 @@ bench: $(VENV)/.installed $(PEER)/.installed  ## speed and bytes beside kvpress 
 	scripts/install $(VENV) -e '.[dev,bench]'
 	$(BIN)/python benchmarks/kv.py --part storage --repeats 10
 	$(BIN)/python benchmarks/kv.py --part prefill
+
+bench-vit: $(VENV)/.installed  ## images a second of every method for encoders, beside the host and the floor
+	$(BIN)/python benchmarks/vit.py
+
+evidence-vit: $(VENV)/.installed  ## every method for encoders on real pictures: results/vit-dinov2s.json (goes on where it stopped)
+	$(BIN)/python scripts/vit_evidence.py
 
 evidence: $(FITS)  ## every cache method at every budget and length: results/kv-smollm2.json (hours; goes on where it stopped)
 	$(BIN)/python scripts/evidence.py $(addprefix --fit ,$(FITS))

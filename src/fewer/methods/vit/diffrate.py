@@ -65,6 +65,7 @@ class DiffRate:
         mechanism="prune",
         training="fit",
         differs="without named rates, 65% of what leaves is merged; rates are learned by distillation",
+        slugs=("diffrate",),
     )
     needs: ClassVar[frozenset[Any]] = frozenset({Heads()})
     fit_optional: ClassVar[bool] = True

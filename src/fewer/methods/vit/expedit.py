@@ -41,6 +41,7 @@ class Expedit:
         faithfulness="official",
         mechanism="transform",
         differs="restored before the final norm, with weights that add up to one",
+        slugs=("expedit",),
     )
     needs: ClassVar[frozenset[Any]] = frozenset()
     before: ClassVar[bool] = True

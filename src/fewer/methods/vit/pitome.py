@@ -54,6 +54,7 @@ class PiToMe:
         faithfulness="official",
         mechanism="merge",
         differs="sizes weigh attention, which the vision code leaves out; padding takes no part",
+        slugs=("pitome",),
     )
     needs: ClassVar[frozenset[Any]] = frozenset({Heads()})
     halves: ClassVar[bool] = True

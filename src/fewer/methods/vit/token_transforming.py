@@ -40,6 +40,7 @@ class TokenTransforming:
         faithfulness="style",
         mechanism="transform",
         differs="selection, likeness, temperature and places are chosen, the paper's code being unreleased",
+        slugs=("token-transforming",),
     )
     needs: ClassVar[frozenset[Any]] = frozenset({Heads()})
     schedule: ClassVar[str] = "geometric"

@@ -52,6 +52,7 @@ class ZeroTPrune:
         faithfulness="style",
         mechanism="prune",
         differs="from summaries: the split between the two stages, the scale of variances and the places are ours",
+        slugs=("zero-tprune",),
     )
     needs: ClassVar[frozenset[Any]] = frozenset({Heads()})
     schedule: ClassVar[str] = "geometric"
