@@ -12,7 +12,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -70,6 +70,7 @@ class Run:
     grid: tuple[int, int] | None = None
     prefix: int = 1
     counted: bool = False
+    relative: bool = False  # whether the host adds a bias of its own between tokens
     plain: dict[str, Any] = field(default_factory=dict)  # what tells the host's attention that there is no mask
     state: State | None = field(default=None, repr=False)
     bases: list[Tensor | None] = field(default_factory=list, repr=False)
@@ -179,10 +180,15 @@ class Run:
         weigh = self.setting.masses != "off"
         if inside.get("rope") is not None:
             inside["rope"] = state.rope(inside["rope"], self.setting.positions)
-        with Seam(state.bias(weigh), "host" if whole else self.setting.masses, state.cut) as seam:
+        bias, asked = state.bias(weigh), layer in state.budgets and bool(self.setting.method.needs)
+        seam = Seam(bias, "host" if whole else self.setting.masses, state.cut)
+        # watching costs a little at every call, so it is done where something is read or changed, and once to be sure
+        watched = layer == 0 or asked or bias is not None or self.relative
+        with seam if watched else nullcontext():
             x = shape.mix(block, x, inside)
         attended = seam.attended
-        if attended is None:
+        self.relative |= seam.relative
+        if attended is None and watched:
             raise UnsupportedModel(
                 f"{type(block).__name__} did not call scaled_dot_product_attention: switch its fused attention on "
                 "(transformers: model.set_attn_implementation('sdpa'); timm: timm.layers.set_fused_attn(True) before "

@@ -31,6 +31,7 @@ class Seam(TorchFunctionMode):
         super().__init__()
         self.bias, self.form, self.cut = bias, form, cut
         self.attended: Attended | None = None
+        self.relative = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
@@ -54,6 +55,7 @@ class Seam(TorchFunctionMode):
             )
         scaling = query.shape[-1] ** -0.5 if scale is None else scale
         self.attended = Attended(query, key, value, scaling, self.bias)
+        self.relative = attn_mask is not None
         if self.form == "host":
             return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, scale=scale, **more)
         relative = None if attn_mask is None else self.cut(additive(attn_mask, query.dtype))
