@@ -17,8 +17,9 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from fewer.methods import of_family
 from fewer_eval import environment
 
 KEEP = 0.5
+Setting = Callable[[], AbstractContextManager[Any]]
 CASES = "224x1,224x16,448x1,448x16,518x1,518x16"
 
 
@@ -123,15 +125,17 @@ def correct(model: Any) -> None:
         raise SystemExit(f"ToMe as published, merging nothing, is off by {off}: nothing is timed")
 
 
-def median_turns(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, taken in turns; one turn does not count."""
+def median_turns(model: Any, x: Tensor, runs: dict[str, Setting], rounds: int) -> dict[str, float]:
+    """Median seconds of a forward in each setting, taken in turns; one turn, and entering and leaving, do not count."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
+        for name, setting in runs.items():
+            with setting():
+                start = time.perf_counter()
+                model(x)
+                took = time.perf_counter() - start
             if turn:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(took)
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 
@@ -140,41 +144,19 @@ def case(model: Any, names: Sequence[str], size: int, batch: int, rounds: int, m
     """One size and batch: seconds of the host, of each method, of its floor, and of ToMe as published."""
     x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
 
-    def plain() -> None:
-        model(x)
-
     traces: dict[str, tuple[Trace, ...]] = {}
     flops: dict[str, float] = {}
-    runs: dict[str, Callable[[], None]] = {"host": plain}
-
-    def of(name: str) -> Callable[[], None]:
-        def run() -> None:
-            with fewer.compress(model, name, keep=KEEP, masses=masses) as shortened:
-                model(x)
-            traces[name], flops[name] = tuple(shortened.trace), shortened.flops
-
-        return run
-
-    def floor(trace: Sequence[Trace]) -> Callable[[], None]:
-        def run() -> None:
-            with sliced(model, trace):
-                model(x)
-
-        return run
-
     for name in names:
-        runs[name] = of(name)
-        runs[name]()  # once, for its counts
+        with fewer.compress(model, name, keep=KEEP, masses=masses) as run:
+            model(x)
+        traces[name], flops[name] = tuple(run.trace), run.flops
     floors = {trace: f"floor {i}" for i, trace in enumerate(dict.fromkeys(traces.values()))}
-    runs |= {label: floor(trace) for trace, label in floors.items()}
+    runs: dict[str, Setting] = {"host": nullcontext}
+    runs |= {name: partial(fewer.compress, model, name, keep=KEEP, masses=masses) for name in names}
+    runs |= {label: partial(sliced, model, trace) for trace, label in floors.items()}
     if "tome" in traces:
-
-        def first() -> None:
-            with tome_as_published(model, [one.came - one.went for one in traces["tome"]]):
-                model(x)
-
-        runs["tome as published"] = first
-    took = median_turns(runs, rounds)
+        runs["tome as published"] = partial(tome_as_published, model, [one.came - one.went for one in traces["tome"]])
+    took = median_turns(model, x, runs, rounds)
     found = {}
     for name in [*names, *(["tome as published"] if "tome" in traces else [])]:
         trace = traces["tome" if name == "tome as published" else name]

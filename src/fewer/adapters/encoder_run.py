@@ -241,14 +241,14 @@ class Run:
         )
         self.plan, self.trace, self.bases = [], [], []
         positions = torch.arange(n, device=x.device).expand(b, n)
-        self.state = State(padding, positions, None, n, prefix, self.grid, seen, budgets)
+        first = (positions < prefix).contiguous()
+        self.state = State(first, padding, positions, None, n, prefix, self.grid, seen, budgets)
 
     def _shorten(self, layer: int, x: Tensor, attended: Attended | None) -> Tensor:
         """One decision, and what follows from it."""
         state, setting = self.state, self.setting
         assert state is not None
-        index = torch.arange(x.shape[1], device=x.device)
-        protected = (index < state.prefix).expand_as(state.padding)
+        protected = state.first[:, : x.shape[1]]
         places = sorted(state.budgets)  # a list in `keep` may name others than the method's own
         site = Site(layer, len(self.blocks), "encode", state.prefix, state.grid, places.index(layer), len(places))
         signals: dict[type, Any] = {} if attended is None else {Heads: attended}
@@ -278,10 +278,11 @@ class Run:
         last = max(state.budgets)
         asked = [state.budgets[last].count(seen) for seen in state.seen.tolist()]
         left = (~state.padding).sum(-1).tolist()
-        if getattr(self.setting.method, "exact", True) and any(a < have for a, have in zip(asked, left, strict=True)):
+        above = [(a, have) for a, have in zip(asked, left, strict=True) if a < have]
+        if above and getattr(self.setting.method, "exact", True):
             raise BudgetError(
-                f"keep={self.setting.schedule.keep!r} leaves {asked} tokens and {left} could not be brought down to "
-                "it: tokens join in pairs, and too few may; ask for more, or take a method that prunes"
+                f"keep={self.setting.schedule.keep!r} is to leave {above[0][0]} tokens, and {above[0][1]} could not be "
+                "brought down to it: tokens join in pairs, and too few may; ask for more, or take a method that prunes"
             )
         if self.flops > WORTH and not self.setting.schedule.whole:
             warnings.warn(

@@ -16,6 +16,7 @@ POSITIONS = ("survivor", "centroid")
 class State:
     """One forward under way: what is left, and how it came to be."""
 
+    first: Tensor  # (b, originals), the class and register tokens, which stay in front
     padding: Tensor  # (b, n)
     positions: Tensor  # (b, n), the original that gives each token its place
     mass: Tensor | None  # (b, n), None while each is one

@@ -16,5 +16,6 @@ def uniform(tokens: Tokens, budget: Budget, window: int = 0) -> Allocation:
         short
     )
     counts = torch.tensor([s if s <= window else budget.count(s) for s in seen], device=tokens.seen.device)
-    counts = counts.view(-1, *[1] * (tokens.available.ndim - 1))
-    return Allocation(torch.minimum(counts.expand_as(tokens.available), tokens.available), note=note)
+    available = tokens.available
+    counts = counts.view(-1, *[1] * (available.ndim - 1))
+    return Allocation(torch.minimum(counts.expand_as(available), available), note=note)

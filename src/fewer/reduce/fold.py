@@ -62,18 +62,20 @@ def gather_in(tokens: Tokens, plan: Plan, partner: Int[Tensor, "b n"], weight: F
     Slots are means by `weight`; masses add up whatever the weights are.
     """
     slot = torch.where(plan.slot < 0, plan.slot.gather(-1, partner), plan.slot).masked_fill(tokens.padding, -1)
-    if bool(((slot < 0) & ~tokens.padding).any()):
+    if bool(((slot < 0) > tokens.padding).any()):
         raise FewerError("a token was to join one that is given up itself, and would be lost silently")
     return weighed(tokens, replace(plan, slot=slot), weight)
 
 
 def weighed(tokens: Tokens, plan: Plan, weight: Float[Tensor, "b n"]) -> Plan:
     """The plan with its slots as means by `weight`, and the sum of its members' masses as the mass of each."""
+    given = weight
     there, into = plan.slot >= 0, plan.slot.clamp(min=0)
-    none = weight.new_zeros(plan.survivors.shape)
-    total = none.scatter_add(-1, into, weight * there)
-    share = torch.where(there, weight / total.gather(-1, into).clamp(min=torch.finfo(weight.dtype).tiny), 0)
-    return replace(plan, weight=share, mass=none.scatter_add(-1, into, masses(tokens) * there))
+    none, weight, mass = weight.new_zeros(plan.survivors.shape), weight * there, masses(tokens)
+    total = none.scatter_add(-1, into, weight)
+    share = weight / total.gather(-1, into).clamp(min=torch.finfo(weight.dtype).tiny)
+    held = total if mass is given else none.scatter_add(-1, into, mass * there)
+    return replace(plan, weight=share, mass=held)
 
 
 def fuse_rest(tokens: Tokens, scores: Float[Tensor, "b n"], allocation: Allocation, normalised: bool) -> Plan:
