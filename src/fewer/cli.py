@@ -50,7 +50,7 @@ def methods(
 ) -> None:
     """List the methods by family and mechanism."""
     found = [describe(name) for name in METHODS]
-    families = sorted({method["family"] for method in found})
+    families = sorted({method["family"] for method in found} - {"any"})  # those stand under every family
     if family is not None and family not in families:
         raise UnknownName(f"--family {family!r}: known families are {', '.join(families)}")
     found = [method for method in found if family is None or method["family"] in (family, "any")]
