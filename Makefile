@@ -31,7 +31,9 @@ bench: $(VENV)/.installed $(PEER)/.installed  ## speed and bytes beside kvpress 
 	$(BIN)/python benchmarks/kv.py --part prefill
 
 bench-vit: $(VENV)/.installed  ## images a second of every method for encoders, beside the host and the floor
-	$(BIN)/python benchmarks/vit.py
+	$(BIN)/python benchmarks/vit.py --cases 224x1,224x16 --rounds 3
+	$(BIN)/python benchmarks/vit.py --cases 448x1,448x8,518x1 --methods tome,topk,ward,random,uniform --rounds 3 \
+	    --json results/vit-speed-large.json
 
 evidence-vit: $(VENV)/.installed  ## every method for encoders on real pictures: results/vit-dinov2s.json (goes on where it stopped)
 	$(BIN)/python scripts/vit_evidence.py

@@ -291,6 +291,14 @@ def test_keep_may_be_a_share_or_a_list(keep: Any, went: list[int]) -> None:
     assert [one.went for one in run.trace] == went
 
 
+@pytest.mark.parametrize(("method", "acts"), [("pooling", [1]), ("tome", [0, 1, 2, 3]), ("topk", [1, 2, 3])])
+def test_there_is_a_plan_for_every_block(method: str, acts: list[int]) -> None:
+    """None where nobody left, for methods that act before attention too."""
+    with fewer.compress(encoder("dinov2"), method, keep=0.5) as run:
+        output(encoder("dinov2"), inputs("dinov2"))
+    assert [layer for layer, plan in enumerate(run.plan) if plan is not None] == acts and len(run.plan) == 4
+
+
 def test_a_list_overrules_the_places_that_a_method_was_published_with() -> None:
     with fewer.compress(encoder("dinov2"), "topk", keep=[30, 20, 20, 9]) as run:
         output(encoder("dinov2"), inputs("dinov2"))

@@ -169,9 +169,8 @@ class Run:
                     "restore= out, and call run.restore(features) on its output"
                 )
             x = state.handed[1]
-        came = x.shape[1]
-        early = getattr(self.setting.method, "before", False)
-        if early and layer in state.budgets:
+        early, here = getattr(self.setting.method, "before", False), layer in state.budgets
+        if here and early:
             x = self._shorten(layer, x, None)
         whole = not state.plans  # nobody left yet: the host's own mask, and so its own numbers to the bit
         inside = self.plain | {
@@ -180,7 +179,7 @@ class Run:
         weigh = self.setting.masses != "off"
         if inside.get("rope") is not None:
             inside["rope"] = state.rope(inside["rope"], self.setting.positions)
-        bias, asked = state.bias(weigh), layer in state.budgets and bool(self.setting.method.needs)
+        bias, asked = state.bias(weigh), here and bool(self.setting.method.needs)
         seam = Seam(bias, "host" if whole else self.setting.masses, state.cut)
         # watching costs a little at every call, so it is done where something is read or changed, and once to be sure
         watched = layer == 0 or asked or bias is not None or self.relative
@@ -195,14 +194,14 @@ class Run:
                 "the model is made)"
             )
         mixed = x.shape[1]
-        if not early and layer in state.budgets:
+        if here and not early:
             x = self._shorten(layer, x, attended)
-        elif not early:
+        elif not here:
             self._pass()
         x = shape.feed(block, x)
         self.trace.append(Trace(layer, mixed, x.shape[1]))
         if layer == len(self.blocks) - 1:
-            self._finish(came)
+            self._finish()
         if self.setting.restore is None:
             return x
         full = self._restored(x, self.setting.restore)  # after each block, as hosts hand out features of any of them
@@ -272,7 +271,7 @@ class Run:
         state.plans.append(plan)
         return plan.apply(x)
 
-    def _finish(self, came: int) -> None:
+    def _finish(self) -> None:
         state = self.state
         assert state is not None
         last = max(state.budgets)

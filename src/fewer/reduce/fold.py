@@ -62,7 +62,7 @@ def gather_in(tokens: Tokens, plan: Plan, partner: Int[Tensor, "b n"], weight: F
     Slots are means by `weight`; masses add up whatever the weights are.
     """
     slot = torch.where(plan.slot < 0, plan.slot.gather(-1, partner), plan.slot).masked_fill(tokens.padding, -1)
-    if bool(((slot < 0) > tokens.padding).any()):
+    if bool(((slot < 0) & ~tokens.padding).any()):
         raise FewerError("a token was to join one that is given up itself, and would be lost silently")
     return weighed(tokens, replace(plan, slot=slot), weight)
 

@@ -47,7 +47,7 @@ class MCTF:
 
     card: ClassVar[Card] = Card(
         source="arXiv 2403.10030",
-        faithfulness="official",
+        faithfulness="paper",
         mechanism="merge",
         differs="between attention and MLP, not before attention; no fused attention map; no fine-tuning",
     )
