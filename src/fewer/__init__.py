@@ -4,6 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 from fewer.compress import compress, step
 from fewer.methods import METHODS
+from fewer.prompts import protect
+from fewer.prompts.compression import Compression, restore
+from fewer.prompts.front import compress_prompt
 from fewer.report import Report
 from fewer.types import (
     Allocation,
@@ -33,6 +36,7 @@ __all__ = [
     "BudgetError",
     "Cache",
     "Card",
+    "Compression",
     "FewerError",
     "FewerWarning",
     "Method",
@@ -44,6 +48,9 @@ __all__ = [
     "UnknownName",
     "UnsupportedModel",
     "compress",
+    "compress_prompt",
+    "protect",
+    "restore",
     "step",
 ]
 

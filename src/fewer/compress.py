@@ -95,7 +95,7 @@ def compress(
             one more "channel" of queries and keys, or not ("off", for models that were trained without).
         positions: where a merged token is, for rotary positions: at its "survivor" (the default), or at the
             "centroid" of its members. Biases between positions are always the survivors'.
-        restore: bring the output back to its original length, by a way named in `fewer.restore`; then heads that
+        restore: bring the output back to its original length, by a way named in `fewer.restorers`; then heads that
             pool or need a grid work as before. Left out, the output is as short as `keep` says.
         tape: keep the features that were merged or dropped, for ways to restore that need them.
 

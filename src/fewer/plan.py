@@ -94,8 +94,8 @@ class Plan:
         return folded.view(out.shape).to(x.dtype)
 
     def restore(self, y: Float[Tensor, "*lead k d"], how: str = "copy") -> Float[Tensor, "*lead n d"]:
-        """Back to the original length; see `fewer.restore` for the ways."""
-        from fewer.restore import restore  # restore.py speaks of plans, so it cannot be imported above
+        """Back to the original length; see `fewer.restorers` for the ways."""
+        from fewer.restorers import restore  # restore.py speaks of plans, so it cannot be imported above
 
         return restore(self, y, how)
 
@@ -201,8 +201,8 @@ class Transform:
         return picked(x, self.survivors)
 
     def restore(self, y: Float[Tensor, "b k d"], how: str = "copy") -> Float[Tensor, "b n d"]:
-        """Back to the original length; see `fewer.restore` for the ways."""
-        from fewer.restore import restore
+        """Back to the original length; see `fewer.restorers` for the ways."""
+        from fewer.restorers import restore
 
         return restore(self, y, how)
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fewer.restore import NEEDS_BASE, RESTORERS, restore
+from fewer.restorers import NEEDS_BASE, RESTORERS, restore
 from fewer.types import FewerError, Plan, Transform, UnknownName
 
 

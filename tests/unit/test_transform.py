@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fewer.errors import FewerError
-from fewer.restore import restore
+from fewer.restorers import restore
 from fewer.types import Plan, Transform
 
 

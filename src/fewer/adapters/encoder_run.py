@@ -26,7 +26,7 @@ from fewer.adapters.encoder_setting import Setting
 from fewer.adapters.encoder_state import State
 from fewer.compress import step
 from fewer.cost import Encoder
-from fewer.restore import restore
+from fewer.restorers import restore
 from fewer.signals.heads import Attended, Heads
 from fewer.types import (
     BudgetError,
@@ -110,7 +110,7 @@ class Run:
 
         Args:
             how: "copy", "zero" and "pinv" need the plans alone; "delta", "stale" and "kernel" need the features they
-                were made on: `compress(..., tape=True)` keeps them. See `fewer.restore`.
+                were made on: `compress(..., tape=True)` keeps them. See `fewer.restorers`.
         """
         self._done()
         return self._restored(y, how)

@@ -6,7 +6,7 @@ from typing import Any
 from fewer.adapters.encoder_seam import MASSES
 from fewer.adapters.encoder_state import POSITIONS
 from fewer.allocate.schedule import Schedule
-from fewer.restore import NEEDS_BASE, RESTORERS
+from fewer.restorers import NEEDS_BASE, RESTORERS
 from fewer.signals.heads import Heads
 from fewer.types import Method, MissingSignal, UnknownName
 

@@ -38,6 +38,7 @@ from fewer.methods.kv.tova import TOVA
 from fewer.methods.kv.treekv import TreeKV
 from fewer.methods.kv.zipcache import ZipCache
 from fewer.methods.kv.zipvl import ZipVL
+from fewer.methods.prompt.truncation import Truncation
 from fewer.methods.vit.algm import ALGM
 from fewer.methods.vit.ats import ATS
 from fewer.methods.vit.code_token_merging import CodeTokenMerging
@@ -55,6 +56,7 @@ from fewer.methods.vit.topk import TopK
 from fewer.methods.vit.turbo import Turbo
 from fewer.methods.vit.ward import Ward
 from fewer.methods.vit.zero_tprune import ZeroTPrune
+from fewer.prompts.source import PromptMethod
 from fewer.types import Method, UnknownName
 
 METHODS: dict[str, type[Any]] = {
@@ -108,11 +110,12 @@ METHODS: dict[str, type[Any]] = {
     "algm": ALGM,
     "turbo": Turbo,
     "code-token-merging": CodeTokenMerging,
+    "truncation": Truncation,
 }
 
 
 def family_of(known: type[Any]) -> str:
-    """What a method's class shortens: "kv" caches, "vit" the tokens of encoders, "any" both."""
+    """What a method's class shortens: "kv" caches, "vit" the tokens of encoders, "prompt" texts, "any" all of them."""
     return known.__module__.split(".")[2] if known.__module__.startswith("fewer.methods.") else "any"
 
 
@@ -143,6 +146,21 @@ def resolve(method: str | Method) -> Method:
     return method
 
 
+def resolve_prompt(method: str | PromptMethod) -> PromptMethod:
+    """The prompt method of that name with its defaults, or the object itself."""
+    able = of_family("prompt")
+    if isinstance(method, str):
+        if method not in able:
+            near = get_close_matches(method.lower(), able, n=3)
+            hint = f"did you mean {' or '.join(near)}? " if near else ""
+            raise UnknownName(f"there is no prompt method {method!r}; {hint}Known are {', '.join(able)}")
+        made: PromptMethod = able[method]()
+        return made
+    if isinstance(method, type) or not isinstance(method, PromptMethod):
+        raise UnknownName(f"method={method!r} is neither a name nor an object with rank")
+    return method
+
+
 def resolve_store(store: "str | Codec | None") -> "Codec | None":
     """The storage that a method of that name keeps its tokens in, the object itself, or None for full precision."""
     if store is None or (isinstance(store, Codec) and not isinstance(store, type)):
@@ -157,7 +175,7 @@ def resolve_store(store: "str | Codec | None") -> "Codec | None":
     return codec
 
 
-def name_of(method: Method) -> str:
+def name_of(method: Any) -> str:
     """The registered name of a method's class, with its bits where it has any, or the class's own name."""
     name = next((name for name, known in METHODS.items() if type(method) is known), type(method).__name__)
     bits = getattr(method, "bits", None)

@@ -6,16 +6,18 @@ Differs from the paper: there is none.
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fewer.prompts.source import Ranking, Source
 from fewer.reduce.select import top_k
 from fewer.types import Allocation, Budget, Card, Plan, Tokens
 
 
 @dataclass(frozen=True)
 class Full:
-    """The uncompressed cache, whatever the budget says."""
+    """Everything, whatever the budget says."""
 
     card: ClassVar[Card] = Card(source="the host's own cache", faithfulness="own", mechanism="keep")
     needs: ClassVar[frozenset[object]] = frozenset()
@@ -28,3 +30,7 @@ class Full:
 
     def reduce(self, tokens: Tokens, scores: Tensor, allocation: Allocation) -> Plan:
         return top_k(scores, allocation)
+
+    def rank(self, source: Source, budget: Budget | None) -> Ranking:
+        n = len(source.whole)
+        return Ranking(source.whole, np.zeros(n), chosen=np.ones(n, dtype=bool))

@@ -1,6 +1,6 @@
 """Random: keep tokens drawn at random. Whatever loses to this is not worth its code.
 
-    s_j ~ U(0, 1), drawn for each layer, head and position from one seed
+    s_j ~ U(0, 1), drawn for each layer, head and position, or word of a text, from one seed
 
 Differs from the paper: there is none. A row's draw depends on the position in the row alone, so batches and padding do
 not change it.
@@ -9,10 +9,12 @@ not change it.
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fewer.allocate.uniform import uniform
+from fewer.prompts.source import Ranking, Source
 from fewer.reduce.select import top_k
 from fewer.types import Allocation, Budget, Card, Plan, Tokens
 
@@ -44,3 +46,6 @@ class Random:
 
     def reduce(self, tokens: Tokens, scores: Tensor, allocation: Allocation) -> Plan:
         return top_k(scores, allocation)
+
+    def rank(self, source: Source, budget: Budget | None) -> Ranking:
+        return Ranking(source.words, np.random.default_rng(self.seed).random(len(source.words)))

@@ -6,15 +6,20 @@ Differs from the paper: there is none.
 
 The first and the last token are among them, or the last alone where one stays. Distances are counted along the row, so
 a cache that is compressed again stays even: what came since is thinned to match what was kept before.
+
+In a text the words w_i with the greatest frac(i * (sqrt(5) - 1) / 2) stay: multiples of the golden ratio are spread
+evenly, however many of them are taken.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fewer.allocate.uniform import uniform
+from fewer.prompts.source import Ranking, Source
 from fewer.reduce.select import top_k
 from fewer.score.position import must_stay
 from fewer.types import Allocation, Budget, Card, Plan, Tokens
@@ -51,3 +56,9 @@ class Uniform:
         taken = torch.where(step < wanted, order.gather(-1, (n - there + rank).clamp(max=n - 1)), n)
         chosen = torch.zeros(*free.shape[:-1], n + 1, dtype=torch.bool, device=free.device).scatter(-1, taken, True)
         return top_k(must_stay(scores, chosen[..., :n]), allocation)
+
+    def rank(self, source: Source, budget: Budget | None) -> Ranking:
+        return Ranking(source.words, np.arange(len(source.words), dtype=np.float64) * _GOLDEN % 1.0)
+
+
+_GOLDEN = (5**0.5 - 1) / 2

@@ -1,0 +1,34 @@
+"""Truncation: keep the beginning, or the end. What most programs do when a prompt is too long.
+
+    s_i = -i, or i from the end
+
+Differs from the paper: there is none.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from fewer.prompts.source import Ranking, Source
+from fewer.types import Budget, Card
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """The first words, or the last.
+
+    Args:
+        keep: "start", "end", or "both" for the first and the last alike, with the middle gone.
+    """
+
+    keep: Literal["start", "end", "both"] = "start"
+
+    card: ClassVar[Card] = Card(source="baseline", faithfulness="own", mechanism="extract")
+    needs: ClassVar[frozenset[object]] = frozenset()
+
+    def rank(self, source: Source, budget: Budget | None) -> Ranking:
+        place = np.arange(len(source.words), dtype=np.float64)
+        after = place[::-1]
+        value = {"start": -place, "end": -after, "both": -np.minimum(place, after)}[self.keep]
+        return Ranking(source.words, value)

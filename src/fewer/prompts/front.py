@@ -1,0 +1,134 @@
+"""`fewer.compress_prompt`: from documents and a budget to a `Compression`."""
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from fewer.methods import name_of, resolve_prompt
+from fewer.methods.any.full import Full
+from fewer.prompts.compression import Compression
+from fewer.prompts.counting import counter
+from fewer.prompts.protect import protected
+from fewer.prompts.settle import Run, settle, text_of
+from fewer.prompts.source import PromptMethod, Ranking, Source
+from fewer.types import Budget, BudgetError, FewerError
+
+GLUE = "\n\n"
+
+
+def compress_prompt(
+    prompt: str | Sequence[str],
+    method: str | PromptMethod = "llmlingua2",
+    *,
+    keep: float | str | None = None,
+    tokens: int | None = None,
+    question: str | None = None,
+    instruction: str | None = None,
+    protect: Iterable[Any] = (),
+    tokenizer: Any = None,
+) -> Compression:
+    """Shorten a text, or documents, to at most so many tokens.
+
+    The text that comes back is made of pieces of the source, in order, unless the method says that it rewrites.
+
+    Args:
+        prompt: a text, or documents, which are joined by blank lines.
+        method: a name that `fewer methods --family prompt` lists, or an object with `rank`.
+        keep: the share of tokens that may stay, in (0, 1].
+        tokens: how many tokens may stay. Give `keep`, or this, or neither with a method that has a threshold of its
+            own. Either is a ceiling, met on the text as it comes out, for the documents alone: question and
+            instruction are not counted.
+        question: what will be asked about the documents, for methods that look at it.
+        instruction: what the reader is told to do, for methods that look at it.
+        protect: what must stay: strings, compiled patterns, classes such as `fewer.protect.NUMBERS`, functions from
+            text to `(start, end)`, ranges; see `fewer.prompts.protect.protected`.
+        tokenizer: what counts tokens, see `fewer.prompts.counting.counter`; default the default language model's.
+
+    Raises:
+        BudgetError: the budget cannot be read, or what is protected does not fit.
+        FewerError: a text is empty or none, or a rule protects what is not there.
+
+    >>> compress_prompt("one two three four", "truncation", tokens=8, tokenizer="characters").text
+    'one two'
+    """
+    documents = _documents(prompt)
+    question, instruction = _text(question, "question"), _text(instruction, "instruction")
+    made, count = resolve_prompt(method), counter(tokenizer)
+    start = time.perf_counter()
+    rules = protected(documents, [protect] if isinstance(protect, str) else protect)
+    source = Source(documents, question, instruction, rules, count)
+    everything = tuple(Run(i, 0, len(text)) for i, text in enumerate(documents) if text)
+    before = len(source.ends[0]) if len(documents) == 1 else count.count(text_of(documents, everything, GLUE))
+    budget = _budget(keep, tokens)
+    if isinstance(made, Full) or (budget is not None and budget.count(before) >= before):
+        kept, runs, after = None, everything, before
+        limit: int | None = before
+        notes: tuple[str, ...] = ()
+    else:
+        limit = None if budget is None else budget.count(before)
+        asked = None if limit is None else Budget(budget.keep, tokens=limit)  # type: ignore[union-attr]
+        ranking = _checked(made, made.rank(source, asked), documents)
+        if limit is None and ranking.chosen is None:
+            raise BudgetError(f"{name_of(made)} has no threshold of its own: give keep=, or tokens=")
+        kept = settle(source, ranking, limit, GLUE)
+        runs, after, notes = kept.runs, kept.tokens, ranking.notes
+    return Compression(
+        text=text_of(documents, runs, GLUE), runs=runs, source=source, method=name_of(made), limit=limit,
+        tokens_before=before, tokens_after=after, glue=GLUE, single=isinstance(prompt, str), kept_units=kept,
+        seconds=time.perf_counter() - start, notes=notes,
+    )  # fmt: skip
+
+
+def _budget(keep: float | str | None, tokens: int | None) -> Budget | None:
+    if keep is not None and tokens is not None:
+        raise BudgetError(f"keep={keep!r} and tokens={tokens!r}: give one of them")
+    if tokens is not None:
+        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+            raise BudgetError(f"tokens={tokens!r} would leave nothing; give how many may stay, from 1 on")
+        return Budget(tokens, tokens=tokens)
+    if keep is None:
+        return None
+    budget = Budget.parse(keep)
+    if budget.fraction is None:
+        raise BudgetError(f"keep={keep!r}: prompts take the share that stays, in (0, 1], or tokens=")
+    return budget
+
+
+def _documents(prompt: str | Sequence[str]) -> tuple[str, ...]:
+    documents = (prompt,) if isinstance(prompt, (str, bytes)) else tuple(prompt)
+    for index, text in enumerate(documents):
+        _text(text, f"document {index}")
+    if not any(text.strip() for text in documents):
+        raise FewerError("compress_prompt(): the prompt is empty; there is nothing to shorten")
+    return documents
+
+
+def _text(text: Any, what: str) -> str:
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise FewerError(f"compress_prompt(): {what} is {type(text).__name__}, not text; decode it first")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as why:
+            raise FewerError(
+                f"compress_prompt(): {what} holds half of a surrogate pair at character {why.start} "
+                f"({text[why.start]!r}), which is no text; decode it with errors='replace' first"
+            ) from None
+    return text
+
+
+def _checked(method: Any, ranking: Ranking, documents: tuple[str, ...]) -> Ranking:
+    """What a method gave, refused if it cannot be worked with: methods may be anyone's."""
+    n, name = len(ranking.units), name_of(method)
+    for label, given in (("value", ranking.value), ("chosen", ranking.chosen)):
+        if given is not None and np.shape(given) != (n,):
+            raise FewerError(f"{name}: rank() gave {np.shape(given)} for {label}, for {n} units")
+    if not np.isfinite(ranking.value).all():
+        raise FewerError(f"{name}: rank() gave a value that is no finite number")
+    if ranking.order is not None and sorted(ranking.order) != list(range(len(documents))):
+        raise FewerError(f"{name}: rank() gave the order {ranking.order}, which is not each document once")
+    return ranking

@@ -1,0 +1,170 @@
+"""What must stay, whatever a method says: ranges, literal strings, patterns, functions, and classes known by name.
+
+NUMBERS, NEGATIONS, IDENTIFIERS, PATHS, URLS, QUOTES, CODE, KEYS      patterns that most users want, ready made
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import regex
+
+from fewer.prompts.source import Protected
+from fewer.types import FewerError
+
+SECONDS = 2.0
+"""Most time that one pattern may take on one document."""
+
+Find = Callable[[str], Iterable[tuple[int, int]]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule for what stays: its name, as reports show it, and a function from a document's text to `(start, end)`."""
+
+    name: str
+    find: Find
+
+
+def literal(text: str) -> Rule:
+    """Every place where this string stands."""
+    if not text:
+        raise FewerError("protect='': an empty string protects nothing")
+    return Rule(f"literal {text!r}", lambda document: _places(document, text))
+
+
+def pattern(compiled: Any, name: str | None = None) -> Rule:
+    """Every match of a regular expression; one that takes more than two seconds on a document is an error."""
+    source, flags = compiled.pattern, compiled.flags
+    if not isinstance(source, str):
+        raise FewerError(f"protect={compiled!r} is a pattern of bytes; give one of text")
+    try:
+        ours = regex.compile(source, flags & (regex.I | regex.M | regex.S | regex.X | regex.A | regex.U))
+    except regex.error as why:
+        raise FewerError(f"protect={source!r} cannot be read as a regular expression: {why}") from None
+    said = name or f"pattern {source!r}"
+
+    def find(document: str) -> Iterable[tuple[int, int]]:
+        try:
+            return [match.span() for match in ours.finditer(document, timeout=SECONDS)]
+        except TimeoutError:
+            raise FewerError(
+                f"protect={source!r} took more than {SECONDS:.0f} s on a document of {len(document):,} characters: it "
+                f"backtracks; write it so that it does not"
+            ) from None
+
+    return Rule(said, find)
+
+
+def _places(document: str, text: str) -> Iterable[tuple[int, int]]:
+    at = document.find(text)
+    while at >= 0:
+        yield at, at + len(text)
+        at = document.find(text, at + len(text))
+
+
+def _class(name: str, source: str, flags: int = 0) -> Rule:
+    return pattern(regex.compile(source, flags), name)
+
+
+_UNIT = (
+    r"(?:%|‰|°[CF]?|[kMGTµnm]?(?:g|m|s|W|V|A|Hz|B|iB|b|L|l|J|Pa)\b|(?:percent|per cent|million|billion|thousand|"
+    r"trillion|dollars?|euros?|pounds?|years?|months?|weeks?|days?|hours?|minutes?|seconds?|tokens?|bytes?|kg|km|cm|mm|ms|"
+    r"miles?|feet|ft|inch(?:es)?|lbs?|am|pm|a\.m\.|p\.m\.)\b)"
+)
+NUMBERS = _class("numbers", rf"[+\-−±]?(?:[$€£¥]\s?)?\b\p{{N}}[\p{{N}}.,:/\-]*(?<=\p{{N}})(?:\s?{_UNIT})?", regex.I)
+"""Numbers with their signs, currencies and units."""
+
+_WORDS = r"(?:[ \t]+[\w'’\-]+)"
+NEGATIONS = _class(
+    "negations",
+    rf"\b(?:not|no|never|none|nobody|nothing|neither|nor|cannot|without|unless|except|must|shall|should|may|might|can|"
+    rf"could|would|will|only|\w+n['’]t)\b(?:[ \t]+(?:be|been|have|not|to|any|the|a|an))*{_WORDS}?",
+    regex.I,
+)
+"""Negations and modals with the word they modify."""
+
+IDENTIFIERS = _class(
+    "identifiers",
+    r"\b(?:[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}|0x[0-9a-fA-F]+|[A-Za-z_]\w*(?:(?:\.|::|->)[A-Za-z_]\w*)+(?:\(\))?|"
+    r"[A-Za-z]+\w*_\w+|_\w+|\p{Ll}+\p{Lu}\w*|\p{Lu}\p{Ll}+(?:\p{Lu}\p{Ll}+)+|\p{Lu}{2,}\w*|(?=\w*\p{L})(?=\w*\d)\w{3,}|\w+\(\))",
+)
+"""UUIDs, hexadecimal numbers, names as code writes them, codes of letters and digits, words in capitals."""
+
+PATHS = _class(
+    "paths", r"(?<![\w/])(?:~|\.{1,2}|[A-Za-z]:)?[/\\](?:[\w.\-@+]+[/\\])*[\w.\-@+]+|\b[\w\-]+(?:/[\w.\-]+)+\b"
+)
+"""Paths of files, absolute and relative."""
+
+URLS = _class("urls", r"\b(?:https?|ftp|file|ssh|git)://[^\s<>\"'\)\]]+|\b[\w.+\-]+@[\w\-]+(?:\.[\w\-]+)+")
+"""Addresses of pages and of mail."""
+
+QUOTES = _class("quotes", r"\"[^\"\n]{1,400}\"|“[^”\n]{1,400}”|«[^»\n]{1,400}»|„[^“”\n]{1,400}[“”]")
+"""What stands in quotation marks on one line, with them."""
+
+CODE = _class("code", r"^(?:```|~~~)[^\n]*\n.*?^(?:```|~~~)[ \t]*$|`[^`\n]+`", regex.M | regex.S)
+"""Code fences, and code in backquotes."""
+
+KEYS = _class("keys", r"\"(?:[^\"\\\n]|\\.)+\"(?=\s*:)|^[ \t]*(?:-[ \t]+)?[\w.\-]+:(?=[ \t]|$)", regex.M)
+"""Keys of JSON and YAML."""
+
+CLASSES = {rule.name: rule for rule in (NUMBERS, NEGATIONS, IDENTIFIERS, PATHS, URLS, QUOTES, CODE, KEYS)}
+
+
+def named(name: str) -> Rule:
+    """The class of that name."""
+    if name not in CLASSES:
+        raise FewerError(f"there is no class {name!r} of things to protect; known are {', '.join(CLASSES)}")
+    return CLASSES[name]
+
+
+def protected(documents: Sequence[str], rules: Iterable[Any]) -> tuple[Protected, ...]:
+    """What the rules protect in these documents.
+
+    Args:
+        rules: each a string that stays wherever it stands, a compiled pattern, a `Rule` such as `NUMBERS`, a function
+            from text to `(start, end)`, a range `(start, end)` of the only document, or `(document, start, end)`.
+    """
+    found: list[Protected] = []
+    for rule in rules:
+        if isinstance(rule, (tuple, list)):
+            found.append(_range(documents, rule))
+            continue
+        made = _rule(rule)
+        for index, text in enumerate(documents):
+            for span in made.find(text):
+                found.append(_checked(documents, (index, *span), made.name, rule))
+    return tuple(found)
+
+
+def _rule(rule: Any) -> Rule:
+    if isinstance(rule, Rule):
+        return rule
+    if isinstance(rule, str):
+        return literal(rule)
+    if hasattr(rule, "pattern") and hasattr(rule, "finditer"):
+        return pattern(rule)
+    if callable(rule):
+        return Rule(getattr(rule, "__name__", type(rule).__name__), rule)
+    raise FewerError(
+        f"protect={rule!r} is neither a string, a compiled pattern, a class such as fewer.protect.NUMBERS, a function, "
+        f"nor a range"
+    )
+
+
+def _range(documents: Sequence[str], given: Sequence[Any]) -> Protected:
+    if len(given) == 2 and len(documents) == 1:
+        given = (0, *given)
+    if len(given) != 3:
+        wanted = "(start, end)" if len(documents) == 1 else "(document, start, end)"
+        raise FewerError(f"protect={tuple(given)!r} is no range here: with {len(documents)} documents it is {wanted}")
+    return _checked(documents, given, f"range {given[1]}:{given[2]}", tuple(given))
+
+
+def _checked(documents: Sequence[str], span: Sequence[Any], name: str, rule: Any) -> Protected:
+    if not (len(span) == 3 and all(isinstance(part, int) and not isinstance(part, bool) for part in span)):
+        raise FewerError(f"protect={rule!r} gave {span!r}; ranges are whole numbers (start, end)")
+    document, start, end = span
+    if not (0 <= document < len(documents) and 0 <= start <= end <= len(documents[document])):
+        raise FewerError(f"protect={rule!r}: there are no characters {start}:{end} in document {document}")
+    return Protected(document, start, end, name)
