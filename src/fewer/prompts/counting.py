@@ -26,11 +26,9 @@ class Counter:
     def ends(self, text: str) -> NDArray[np.int64]:
         """Where each of the text's tokens ends; where the tokenizer cannot tell, as if all were equally long."""
         if self.where is not None:
-            where: NDArray[np.int64] = self.where(text)
-            ends: NDArray[np.int64] = where[:, 1]
-            return ends
+            return self.where(text)[:, 1]
         n = self.count(text)
-        return np.ceil(np.arange(1, n + 1) * (len(text) / max(n, 1))).astype(np.int64)
+        return np.asarray(np.ceil(np.arange(1, n + 1) * (len(text) / max(n, 1))), dtype=np.int64)
 
 
 def counter(tokenizer: Any = None) -> Counter:

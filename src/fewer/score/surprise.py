@@ -38,7 +38,7 @@ class Reader:
         return [] if found is None else [found]
 
     def surprise(self, text: str, before: str = "") -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Where each token of `text` stands `(n, 2)`, and the surprise at it `(n,)` after `before` and all that precedes it.
+        """Where each token of `text` stands `(n, 2)`, and the surprise at it `(n,)`, read after `before`.
 
         `before` is read but not reported; of one longer than half the window, the end.
         """
