@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from datetime import date
+from functools import partial
 from pathlib import Path
 from random import Random
 from statistics import fmean
@@ -44,8 +45,10 @@ MORE: dict[str, Method] = {"expedit, T = 10": Expedit(temperature=10.0)}
 """Beside every registered method: one that its published setting does no justice on this model."""
 KEEPS = (0.7, 0.5, 0.3, 0.15)
 SEED = 0
-LEAST, MOST = 12, 24
-"""Pictures of a stamp category: with fewer it is left out, of more that many are drawn."""
+LEAST, MOST, FEW = 12, 24, 6
+"""Pictures of a stamp category: with fewer it is left out, of more that many are drawn, or so few above 224 px."""
+LARGE = ("tome", "ward", "mctf", "pitome", "topk", "evit", "pooling", "random", "uniform")
+"""Methods that are also measured at 448 and 518 px, at keep 0.5 and 0.3: a forward takes long there."""
 PARAGRAPHS = 120
 TRAIN, TEST, SMALL = 2000, 500, 112
 """Fashion pictures, and the pixels a side that they are shown at."""
@@ -60,10 +63,16 @@ def names() -> list[str]:
     ]
 
 
+def at(task: str, size: int) -> str:
+    """The name of a task at that size."""
+    return task if size == 224 else f"{task}-{size}"
+
+
 class Stamps:
     title = "stamps: nearest neighbour, 224 px"
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, size: int = 224) -> None:
+        self.size = size
         self.model = encoders.truncated(model, encoders.FEATURES_AT)
         found = pictures.stamps()
         counts = Counter(label for _, label in found)
@@ -71,15 +80,17 @@ class Stamps:
         chosen = []
         for label in sorted(label for label, n in counts.items() if n >= LEAST):
             of_label = [picture for picture, its in found if its == label]
-            chosen += [(picture, label) for picture in draw.sample(of_label, min(MOST, len(of_label)))]
+            most = min(MOST if size == 224 else FEW, len(of_label))
+            chosen += [(picture, label) for picture in draw.sample(of_label, most)]
         kinds = sorted({label for _, label in chosen})
         self.labels = [kinds.index(label) for _, label in chosen]
-        self.pixels = torch.cat([vision.preprocess(picture) for picture, _ in chosen])
+        self.pixels = torch.cat([vision.preprocess(picture, size) for picture, _ in chosen])
 
     def score(self, method: str, keep: float) -> Score:
-        features, flops = encoders.class_tokens(self.model, MORE.get(method, method), keep, self.pixels)
+        batch = 16 if self.size == 224 else 4
+        features, flops = encoders.class_tokens(self.model, MORE.get(method, method), keep, self.pixels, batch=batch)
         right = encoders.nearest_neighbour(features, self.labels)
-        return Score("stamps", method, keep, flops, right, len(self.labels), 224)
+        return Score(at("stamps", self.size), method, keep, flops, right, len(self.labels), self.size)
 
 
 class Fashion:
@@ -104,9 +115,9 @@ class Fashion:
 class Saliency:
     title = "saliency: correlation with the full map, 224 px"
 
-    def __init__(self, model: Any, head: Any) -> None:
-        self.model, self.head = model, head
-        self.pixels = torch.cat([vision.preprocess(picture) for picture in pictures.photographs().values()])
+    def __init__(self, model: Any, head: Any, size: int = 224) -> None:
+        self.model, self.head, self.size = model, head, size
+        self.pixels = torch.cat([vision.preprocess(picture, size) for picture in pictures.photographs().values()])
         self.reference, _ = encoders.maps(model, head, "full", 1.0, self.pixels)
 
     def score(self, method: str, keep: float) -> Score:
@@ -115,7 +126,7 @@ class Saliency:
         how = "kernel" if method == "expedit" else how  # its own; at another temperature that is not its match
         found, flops = encoders.maps(self.model, self.head, MORE.get(method, method), keep, self.pixels, restore=how)
         alike, apart = encoders.agreement(found, self.reference)
-        return Score("saliency", method, keep, flops, alike, len(self.pixels), 224, how, apart)
+        return Score(at("saliency", self.size), method, keep, flops, alike, len(self.pixels), self.size, how, apart)
 
 
 class Sentences:
@@ -206,6 +217,8 @@ def _line(name: str, cell: dict[tuple[str, float], Score], task: str) -> str:
 TITLES = {
     "stamps": Stamps.title, "fashion": Fashion.title, "saliency": Saliency.title, "paragraphs": Sentences.title,
     "code": Code.title,
+    **{at("stamps", size): Stamps.title.replace("224", str(size)) for size in (448, 518)},
+    **{at("saliency", size): Saliency.title.replace("224", str(size)) for size in (448, 518)},
 }  # fmt: skip
 
 
@@ -215,16 +228,16 @@ def write(rows: Sequence[Score]) -> None:
         "hardware": environment.hardware(), "versions": environment.versions(),
         "rows": [row.to_dict() for row in rows],
     }  # fmt: skip
-    partial = RESULTS.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=0) + "\n")
-    partial.replace(RESULTS)
+    unfinished = RESULTS.with_suffix(".partial")
+    unfinished.write_text(json.dumps(record, indent=0) + "\n")
+    unfinished.replace(RESULTS)
     before, _, rest = PAGE.read_text().partition("<!-- evidence -->")
     _, _, after = rest.partition("<!-- /evidence -->")
     PAGE.write_text(f"{before}<!-- evidence -->\n{tables(rows)}\n<!-- /evidence -->{after}")
     panels = {
         title: [(row.method, row.flops, row.quality) for row in rows if row.task == task]
         for task, title in TITLES.items()
-        if task != "code"
+        if task != "code" and not task[-1].isdigit()
     }
     PICTURE.write_text(scatter({title: rows for title, rows in panels.items() if rows}, "share of the FLOPs"))
 
@@ -244,10 +257,14 @@ def main() -> int:
     # identifiers are a sixth of the FLOPs, and so is a keep of 0.7; 0.15 is a floor that is never met
     cells_of_code = [("full", 1.0), ("code-token-merging", 0.15), *((name, 0.7) for name in Code.beside)]
     asked += [("code", *cell) for cell in cells_of_code] + [("paragraphs", *cell) for cell in cells_of_text]
+    cells_above = [("full", 1.0), *((name, keep) for keep in (0.5, 0.3) for name in LARGE)]
+    asked += [(at(task, size), *cell) for size in (448, 518) for cell in cells_above for task in ("saliency", "stamps")]
     left = [cell for cell in asked if cell not in done]
     makers: dict[str, Callable[[], Any]] = {
         "saliency": lambda: Saliency(model, head), "stamps": lambda: Stamps(model), "fashion": lambda: Fashion(model),
         "paragraphs": Sentences, "code": Code,
+        **{at("saliency", size): partial(Saliency, model, head, size) for size in (448, 518)},
+        **{at("stamps", size): partial(Stamps, model, size) for size in (448, 518)},
     }  # fmt: skip
     tasks: dict[str, Any] = {}
     columns = (TextColumn("{task.description:40s}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -1,0 +1,139 @@
+"""The evidence for docs/prompt.md: every prompt method on questions about documents, in one command that can be
+interrupted.
+
+    python scripts/prompt_evidence.py [--minutes 60] [--fit FILE ...]
+
+Each line, one method at one keep in one setting, is written to results/prompt.json when it is done; a later call goes
+on with those that are missing. docs/prompt.svg and the tables of docs/prompt.md are made from it.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from fewer import fit as fits
+from fewer import models
+from fewer.methods import of_family
+from fewer_eval import environment
+from fewer_eval.asked import SETTINGS
+from fewer_eval.asked.measure import Answerer, Line, measure
+from fewer_eval.picture import scatter
+
+ROOT = Path(__file__).parents[1]
+RESULTS, PAGE, PICTURE = ROOT / "results" / "prompt.json", ROOT / "docs" / "prompt.md", ROOT / "docs" / "prompt.svg"
+KEEPS = (0.5, 0.3)
+SAMPLES, SEED = 12, 0
+
+
+def methods(fit_files: Sequence[Path]) -> dict[str, Any]:
+    """Every registered method; those that want a fit only where one is given or comes along."""
+    given = {fit.method: fit for fit in map(fits.load, fit_files)}
+    chosen: dict[str, Any] = {}
+    for name, known in of_family("prompt").items():
+        if name == "full":
+            continue
+        if name in given:
+            chosen[name] = replace(known(), fit=given[name])
+        elif fits.wants(known):
+            print(f"left out, since it wants a --fit: {name}", file=sys.stderr)
+        else:
+            chosen[name] = name
+    return chosen
+
+
+def tables(lines: Sequence[Line]) -> str:
+    """One table a setting: a line for each method, a pair of columns for each keep."""
+    parts = []
+    for name, setting in SETTINGS.items():
+        mine = [line for line in lines if line.setting == name]
+        if not mine:
+            continue
+        cell = {(line.method, line.keep): line for line in mine}
+        full = next(line for line in mine if line.method == "full")
+        worth = {
+            method: sum((line.answered or 0) + 0.1 * line.needed for line in mine if line.method == method)
+            for method in {line.method for line in mine} - {"full"}
+        }
+        whole = "" if full.answered is None else f"; everything kept: answered {full.answered:.2f}"
+        heads = [f"{what} at {keep}" for keep in KEEPS for what in ("answered", "needed")]
+        heads += ["numbers", "negations", "identifiers", *(["parses"] if full.parses is not None else []), "s"]
+        rows = [f"**{name}: {setting.description}, n = {full.n}, {full.tokens_before:.0f} tokens{whole}**", ""]
+        rows += [f"| method | {' | '.join(heads)} |", "|" + " --- |" * (len(heads) + 1)]
+        for method in sorted(worth, key=lambda method: -worth[method]):
+            pairs = [(cell.get((method, keep)), what) for keep in KEEPS for what in ("answered", "needed")]
+            figures = [share(getattr(line, what, None)) for line, what in pairs]
+            some = cell.get((method, KEEPS[0])) or cell[method, KEEPS[-1]]
+            figures += [share(some.survived.get(what)) for what in ("numbers", "negations", "identifiers")]
+            figures += [share(some.parses)] if full.parses is not None else []
+            note = f" ({some.refused} refused)" if some.refused else ""
+            rows.append(f"| {method}{note} | {' | '.join(figures)} | {some.seconds:.2f} |")
+        parts.append("\n".join(rows))
+    return "\n\n".join(parts)
+
+
+def share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def write(lines: Sequence[Line]) -> None:
+    record = {
+        "date": date.today().isoformat(), "reader": "SmolLM2-135M-Instruct, float32, greedy", "seed": SEED,
+        "hardware": environment.hardware(), "versions": environment.versions(),
+        "rows": [line.to_dict() for line in lines],
+    }  # fmt: skip
+    unfinished = RESULTS.with_suffix(".partial")
+    unfinished.write_text(json.dumps(record, indent=0) + "\n")
+    unfinished.replace(RESULTS)
+    if PAGE.exists():
+        before, _, rest = PAGE.read_text().partition("<!-- evidence -->")
+        _, _, after = rest.partition("<!-- /evidence -->")
+        PAGE.write_text(f"{before}<!-- evidence -->\n{tables(lines)}\n<!-- /evidence -->{after}")
+    panels = {
+        name: [
+            (line.method, line.tokens_after / line.tokens_before, line.answered)
+            for line in lines
+            if line.setting == name and line.answered is not None
+        ]
+        for name in SETTINGS
+    }
+    PICTURE.write_text(scatter({name: rows for name, rows in panels.items() if rows}, "share of the tokens"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this long; the rest can wait")
+    parser.add_argument("--fit", type=Path, action="append", default=[], help="a file that `fewer fit` made")
+    options = parser.parse_args()
+    end = time.monotonic() + 60 * options.minutes
+    answerer = Answerer(*models.load("default", say=print))
+    lines = [Line(**row) for row in json.loads(RESULTS.read_text())["rows"]] if RESULTS.exists() else []
+    done = {(line.setting, line.method, line.keep) for line in lines}
+    chosen = {"full": "full", **methods(options.fit)}
+    cells = [("full", 1.0), *((name, keep) for name in chosen if name != "full" for keep in KEEPS)]
+    left = [(setting, *cell) for cell in cells for setting in SETTINGS if (setting, *cell) not in done]
+    columns = (TextColumn("{task.description:50s}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns) as progress:
+        bar = progress.add_task("", total=len(left))
+        for setting, method, keep in left:
+            if time.monotonic() > end:
+                break
+            progress.update(bar, description=f"{setting}, {method} at {keep}")
+            known = SETTINGS[setting]
+            examples = known.make(SAMPLES, SEED)
+            lines.append(measure(known, chosen[method], keep, examples, answerer))
+            progress.advance(bar)
+            write(lines)
+    print(f"{len(lines)} lines in {RESULTS.relative_to(ROOT)}, {len(left)} were missing")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""Questions about documents, and how methods are measured on them."""
+
+import numpy as np
+import pytest
+
+import fewer
+from fewer.prompts.source import Ranking, Source
+from fewer.types import Budget, FewerError
+from fewer_eval.asked import SETTINGS
+from fewer_eval.asked.code import functions
+from fewer_eval.asked.measure import measure, right, survival
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_an_answer_stands_in_the_documents_and_sweeps_them(name: str) -> None:
+    examples = SETTINGS[name].make(6, seed=3)
+    assert examples == SETTINGS[name].make(6, seed=3) != SETTINGS[name].make(6, seed=4)
+    places = []
+    for example in examples:
+        whole = "\n\n".join(example.documents)
+        assert all(part in whole for part in example.needed)
+        assert example.answer not in example.question
+        assert example.answer in whole
+        places.append(whole.index(example.needed[-1]) / len(whole))
+    assert max(places) - min(places) > 0.25, "the answer is always in the same place"
+
+
+def test_two_hops_need_two_documents() -> None:
+    for example in SETTINGS["two-hop"].make(6):
+        person, firm, town = example.needed
+        holds = [(person in text, firm in text, town in text) for text in example.documents]
+        assert (True, True, False) in holds and (False, True, True) in holds
+        assert not any(all(one) for one in holds)
+
+
+def test_code_is_told_by_its_documentation_alone() -> None:
+    assert len(functions()) > 20
+    for name, said, code in functions():
+        assert name not in said and said not in code and f"def {name}(" in code
+
+
+class Drops:
+    """Drops every word with a digit, or refuses."""
+
+    def __init__(self, refuses: bool = False) -> None:
+        self.refuses = refuses
+
+    def rank(self, source: Source, budget: Budget | None) -> Ranking:
+        if self.refuses:
+            raise FewerError("there is nothing here that could go")
+        value = np.array([0.0 if any(map(str.isdigit, source.of(unit))) else 1.0 for unit in source.words])
+        return Ranking(source.words, value)
+
+
+def test_what_is_lost_shows() -> None:
+    setting = SETTINGS["multi-document"]
+    examples = setting.make(4)
+    full, none = measure(setting, "full", 1.0, examples), measure(setting, Drops(), 0.5, examples)
+    assert full.needed == 1 and full.survived["numbers"] == 1 and full.over == 0 and full.tokens_after == full.limit
+    assert none.needed == 0 and none.survived["numbers"] == 0 and none.over == 0
+    assert none.tokens_after <= none.limit < full.tokens_after
+    assert full.answered is None, "nobody was asked"
+
+
+def test_a_refusal_is_counted_and_everything_sent() -> None:
+    setting = SETTINGS["uuid-threads"]
+    line = measure(setting, Drops(refuses=True), 0.5, setting.make(3))
+    assert (line.refused, line.needed) == (3, 1.0)
+
+
+def test_answers_are_graded() -> None:
+    setting = SETTINGS["meeting"]
+    examples = setting.make(4)
+
+    class Knows:
+        def __call__(self, text: str, question: str) -> str:
+            answer = next(e.answer for e in examples if (e.question, e.documents[0]) == (question, text))
+            return f"It was {answer.replace(',', '')}."
+
+    assert measure(setting, "full", 1.0, examples, Knows()).answered == 1  # type: ignore[arg-type]
+    assert not right("It was 12,500.", "12,600")
+
+
+def test_survival_is_of_whole_things() -> None:
+    done = fewer.compress_prompt("It costs 3.50 euros, not 4.", Drops(), tokens=12, tokenizer="characters")
+    assert survival(done)["numbers"] == (0, 2)
+    whole = fewer.compress_prompt("It costs 3.50 euros, not 4.", "full", keep=1.0, tokenizer="characters")
+    assert survival(whole)["numbers"] == (2, 2)
+
+
+def test_parsability_is_measured_where_there_is_code() -> None:
+    setting = SETTINGS["code"]
+    examples = setting.make(2)
+    assert measure(setting, "full", 1.0, examples).parses == 1
+    assert measure(setting, "random", 0.5, examples).parses == 0
+    assert measure(SETTINGS["meeting"], "random", 0.5, SETTINGS["meeting"].make(2)).parses is None
