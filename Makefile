@@ -7,7 +7,7 @@ TIMM := .venv-timm
 PEER := .venv-kvpress
 FITS := out/kvzap.fit out/razorattention.fit out/compresskv.fit
 
-.PHONY: demo test test-oldest test-timm check bench bench-vit evidence evidence-vit docs clean
+.PHONY: demo test test-oldest test-timm test-frameworks check bench bench-vit bench-serve evidence evidence-vit docs clean
 
 demo: $(VENV)/.installed  ## compare every method on the default model: table, out/report.html, out/results.jsonl
 	scripts/demo
@@ -24,6 +24,9 @@ test-oldest: $(OLDEST)/.installed  ## the tests on the oldest transformers that 
 test-timm:  ## the tests on timm's encoders, where their environment can be had
 	scripts/test-timm
 
+test-frameworks:  ## the adapters of LangChain, LlamaIndex and Haystack, where their environment can be had
+	scripts/test-frameworks
+
 bench: $(VENV)/.installed $(PEER)/.installed  ## speed and bytes beside kvpress and transformers' quantised cache
 	$(BIN)/python benchmarks/kv.py --peer $(PEER)/bin/python --repeats 4
 	scripts/install $(VENV) -e '.[dev,bench]'
@@ -34,6 +37,10 @@ bench-vit: $(VENV)/.installed  ## images a second of every method for encoders, 
 	$(BIN)/python benchmarks/vit.py --cases 224x1,224x16 --rounds 3
 	$(BIN)/python benchmarks/vit.py --cases 448x1,448x8,518x1 --methods tome,topk,ward,random,uniform --rounds 3 \
 	    --json results/vit-speed-large.json
+
+bench-serve: $(VENV)/.installed  ## 50 clients for a minute of the server: compressing, and chats that are forwarded
+	$(BIN)/python benchmarks/serve.py --json results/serve.json
+	$(BIN)/python benchmarks/serve.py --route chat --json results/serve.json
 
 evidence-vit: $(VENV)/.installed  ## every method for encoders on real pictures: results/vit-dinov2s.json (goes on where it stopped)
 	$(BIN)/python scripts/vit_evidence.py
@@ -61,4 +68,4 @@ $(PEER)/.installed: constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(TIMM) $(PEER) out dist
+	rm -rf $(VENV) $(OLDEST) $(TIMM) .venv-frameworks $(PEER) out dist

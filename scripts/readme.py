@@ -27,7 +27,7 @@ def methods_table() -> str:
         card = describe(name)
         path = METHODS[name].__module__.replace(".", "/")
         needs = ", ".join(card["needs"]) or "–"
-        family = {"kv": "caches", "vit": "encoders", "any": "both"}[card["family"]]
+        family = {"kv": "caches", "vit": "encoders", "prompt": "prompts", "any": "all"}[card["family"]]
         lines.append(
             f"| [{name}](src/{path}.py) | {family} | {card['mechanism']} | {needs} | {card['faithfulness']} "
             f"| {card['source']} |"

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 from fewer.compress import compress, step
 from fewer.methods import METHODS
 from fewer.prompts import protect
+from fewer.prompts.bill import Bill, Prices, Worth, bill, worth
+from fewer.prompts.chat import ChatCompression, compress_messages, restore_messages
 from fewer.prompts.compression import Compression, restore
 from fewer.prompts.front import compress_prompt
 from fewer.report import Report
@@ -32,26 +34,34 @@ __version__ = "0.1.0"
 __all__ = [
     "METHODS",
     "Allocation",
+    "Bill",
     "Budget",
     "BudgetError",
     "Cache",
     "Card",
+    "ChatCompression",
     "Compression",
     "FewerError",
     "FewerWarning",
     "Method",
     "MissingSignal",
     "Plan",
+    "Prices",
     "Report",
     "Site",
     "Tokens",
     "UnknownName",
     "UnsupportedModel",
+    "Worth",
+    "bill",
     "compress",
+    "compress_messages",
     "compress_prompt",
     "protect",
     "restore",
+    "restore_messages",
     "step",
+    "worth",
 ]
 
 

@@ -95,6 +95,13 @@ def _told(rng: Draw) -> str:
     return " ".join(out)
 
 
+def prose(rng: Draw, n: int) -> list[str]:
+    """Up to n sentences of documentation, one after the other."""
+    said = list(_sentences(topics[rng.choice(sorted(topics))]))
+    start = rng.randrange(max(1, len(said) - n))
+    return said[start : start + n]
+
+
 def _sentences(text: str) -> Iterator[str]:
     for paragraph in re.split(r"\n\s*\n", text):
         if paragraph[:1].isupper() and "***" not in paragraph:  # no headings, lists and examples

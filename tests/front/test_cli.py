@@ -135,7 +135,7 @@ REFUSED = {
     "method": (("generate", "x", "--method", "snapvk"), "did you mean snapkv"),
     "method of compare": (("compare", "--methods", "adakb"), "did you mean adakv"),
     "show": (("show", "h20"), "did you mean h2o"),
-    "family": (("methods", "--family", "kw"), "known families are kv, vit"),
+    "family": (("methods", "--family", "kw"), "known families are kv, prompt, vit"),
     "task": (("compare", "--tasks", "needle-singel"), "did you mean needle-single"),
     "no prompt": (("generate",), "give a prompt, or --file"),
     "two prompts": (("generate", "x", "--file", "y"), "not both"),

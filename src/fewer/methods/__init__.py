@@ -38,6 +38,18 @@ from fewer.methods.kv.tova import TOVA
 from fewer.methods.kv.treekv import TreeKV
 from fewer.methods.kv.zipcache import ZipCache
 from fewer.methods.kv.zipvl import ZipVL
+from fewer.methods.prompt.bm25 import BM25
+from fewer.methods.prompt.exit import EXIT
+from fewer.methods.prompt.llmlingua import LLMLingua
+from fewer.methods.prompt.llmlingua2 import LLMLingua2
+from fewer.methods.prompt.longcodezip import LongCodeZip
+from fewer.methods.prompt.longllmlingua import LongLLMLingua
+from fewer.methods.prompt.provence import Provence
+from fewer.methods.prompt.recomp_extractive import RECOMPExtractive
+from fewer.methods.prompt.scope import SCOPE
+from fewer.methods.prompt.selective_context import SelectiveContext
+from fewer.methods.prompt.statistical import Statistical
+from fewer.methods.prompt.tcra import TCRA
 from fewer.methods.prompt.truncation import Truncation
 from fewer.methods.vit.algm import ALGM
 from fewer.methods.vit.ats import ATS
@@ -111,6 +123,18 @@ METHODS: dict[str, type[Any]] = {
     "turbo": Turbo,
     "code-token-merging": CodeTokenMerging,
     "truncation": Truncation,
+    "tcra": TCRA,
+    "provence": Provence,
+    "llmlingua": LLMLingua,
+    "llmlingua2": LLMLingua2,
+    "longllmlingua": LongLLMLingua,
+    "selective-context": SelectiveContext,
+    "statistical": Statistical,
+    "recomp-extractive": RECOMPExtractive,
+    "exit": EXIT,
+    "bm25": BM25,
+    "longcodezip": LongCodeZip,
+    "scope": SCOPE,
 }
 
 
@@ -139,11 +163,18 @@ def resolve(method: str | Method) -> Method:
             near = get_close_matches(method.lower(), METHODS, n=3)
             hint = f"did you mean {' or '.join(near)}? " if near else ""
             raise UnknownName(f"there is no method {method!r}; {hint}Known are {', '.join(METHODS)}")
+        if family_of(known) == "prompt":
+            raise UnknownName(f"{method!r} shortens texts, not what a model holds: {_PROMPTS}")
         made: Method = known(**settings)
         return made
+    if isinstance(method, PromptMethod) and not isinstance(method, (type, Method)):
+        raise UnknownName(f"method={method!r} shortens texts, not what a model holds: {_PROMPTS}")
     if isinstance(method, type) or not isinstance(method, Method):
         raise UnknownName(f"method={method!r} is neither a name nor an object with needs, score, allocate and reduce")
     return method
+
+
+_PROMPTS = "give the text to fewer.compress_prompt(text, method, keep=...)"
 
 
 def resolve_prompt(method: str | PromptMethod) -> PromptMethod:

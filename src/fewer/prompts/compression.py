@@ -159,20 +159,20 @@ class Compression:
         """
         said = [(m.group().casefold(), *m.span()) for m in _ANSWER.finditer(answer)]
         here = [(m.group().casefold(), *m.span()) for m in _ANSWER.finditer(self.text)]
-        places: dict[str, list[int]] = {}
-        for index, (word, _, _) in enumerate(here):
-            places.setdefault(word, []).append(index)
-        out, i = [], 0
+        known = {word: i for i, word in enumerate(dict.fromkeys(word for word, _, _ in here))}
+        words = np.array([*(known[word] for word, _, _ in here), -1], dtype=np.int64)  # no word of an answer is -1
+        asked = [known.get(word, -2) for word, _, _ in said]
+        out: list[Found] = []
+        i = 0
         while i < len(said):
-            best, length = -1, 0
-            for place in places.get(said[i][0], ()):
-                n = 0
-                while i + n < len(said) and place + n < len(here) and said[i + n][0] == here[place + n][0]:
-                    n += 1
-                if n > length:
-                    best, length = place, n
+            best, length = np.flatnonzero(words == asked[i]), 0  # where the run that starts here stands
+            while len(more := best[words[best + length] == asked[i + length]]):
+                best, length = more, length + 1
+                if i + length == len(said):
+                    break
             if length:
-                out += self._traced(said[i][1], said[i + length - 1][2], here[best][1], here[best + length - 1][2])
+                first, last = int(best[0]), int(best[0]) + length - 1
+                out += self._traced(said[i][1], said[i + length - 1][2], here[first][1], here[last][2])
             i += max(length, 1)
         return tuple(out)
 
@@ -195,10 +195,11 @@ class Compression:
         """Where in the text each run begins."""
         at, begins, last = 0, [], None
         for run in self.runs:
-            at += len(self.glue) if last is not None and run.document != last else 0
+            length = run.end - run.start if run.written is None else len(run.written)
+            at += len(self.glue) if last is not None and run.document != last and length else 0
             begins.append(at)
-            at += run.end - run.start if run.written is None else len(run.written)
-            last = run.document
+            at += length
+            last = run.document if length else last
         return np.array(begins, dtype=np.int64)
 
     def to_dict(self) -> dict[str, Any]:
@@ -235,14 +236,16 @@ def restore(text: str, patch: str) -> str | list[str]:
     Raises:
         FewerError: the patch is none of fewer's, or it or the text is not what it was.
     """
+    if not isinstance(text, str) or not isinstance(patch, str):
+        raise FewerError(f"restore(): text and patch are strings, not {type(text).__name__}, {type(patch).__name__}")
     try:
         read = json.loads(patch)
-        known = read["format"] == "fewer-patch"
+        known, version = read["format"] == "fewer-patch", read["version"]
+        whole = _json(read) == patch  # what JSON does not mind is a change too
         digest = read.pop("sha256")
-        version = read["version"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise FewerError("restore(): the patch is none that fewer made, or it was cut short") from None
-    if not known or _sha(_json(read)) != digest:
+    if not known or not whole or _sha(_json(read)) != digest:
         raise FewerError("restore(): the patch was changed since it was made; nothing is restored from it")
     if version != 1:
         raise FewerError(f"restore(): the patch is of version {version}; this fewer reads 1 only")
@@ -250,6 +253,17 @@ def restore(text: str, patch: str) -> str | list[str]:
         raise FewerError(
             "restore(): the patch belongs to another text, or the text was changed; give both as they were"
         )
+    try:
+        documents = _replayed(text, read)
+    except (KeyError, TypeError, ValueError, IndexError):
+        documents = []
+    if _sha(json.dumps(documents)) != read["source"]:
+        raise FewerError("restore(): what the patch gives is not the source it was made of")
+    return documents[0] if read["single"] else documents
+
+
+def _replayed(text: str, read: dict[str, Any]) -> list[str]:
+    """The documents, from the text and what was taken from between its pieces."""
     documents, at, begun = [""] * len(read["layout"]), 0, False
     for part in read["layout"]:
         pieces = []
@@ -260,9 +274,7 @@ def restore(text: str, patch: str) -> str | list[str]:
             at += length
             begun = begun or length > 0
         documents[part["document"]] = "".join(pieces)
-    if _sha(json.dumps(documents)) != read["source"]:
-        raise FewerError("restore(): what the patch gives is not the source it was made of")
-    return documents[0] if read["single"] else documents
+    return documents
 
 
 def _json(body: Any) -> str:

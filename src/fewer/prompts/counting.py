@@ -1,8 +1,9 @@
 """Count tokens as a named tokenizer does: budgets are met in it, and reports name it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,15 @@ class Counter:
     """A tokenizer, as far as budgets go.
 
     `count` gives a text's tokens, without special ones. `where` gives each token's first and last-but-one character,
-    `(n, 2)`, or is None where a tokenizer cannot tell.
+    `(n, 2)`, or is None where a tokenizer cannot tell. `chat` counts messages, each of a role
+    and a text, in the tokenizer's own chat template, with True the opening of an answer as well; it is None where there
+    is no such template.
     """
 
     name: str
     count: Callable[[str], int]
     where: Callable[[str], NDArray[np.int64]] | None = None
+    chat: Callable[[list[dict[str, str]], bool], int] | None = None
 
     def ends(self, text: str) -> NDArray[np.int64]:
         """Where each of the text's tokens ends; where the tokenizer cannot tell, as if all were equally long."""
@@ -43,7 +47,7 @@ def counter(tokenizer: Any = None) -> Counter:
         UnknownName: there is no such tokenizer.
     """
     if tokenizer is None or isinstance(tokenizer, str):
-        return _named(tokenizer or "default")
+        return _named("default" if tokenizer is None else tokenizer)
     if isinstance(tokenizer, Counter):
         return tokenizer
     if hasattr(tokenizer, "encode_ordinary"):
@@ -51,10 +55,20 @@ def counter(tokenizer: Any = None) -> Counter:
     if hasattr(tokenizer, "encode_plus") or hasattr(tokenizer, "convert_ids_to_tokens"):
         return _transformers(tokenizer)
     if callable(tokenizer):
-        return Counter(getattr(tokenizer, "__name__", type(tokenizer).__name__), tokenizer)
+        return _function(getattr(tokenizer, "__name__", type(tokenizer).__name__), tokenizer)
     raise UnknownName(
         f"tokenizer={tokenizer!r} is neither a name, a tokenizer of transformers or tiktoken, nor a counting function"
     )
+
+
+def _function(name: str, function: Callable[[str], Any]) -> Counter:
+    def count(text: str) -> int:
+        found = function(text)
+        if isinstance(found, bool) or not isinstance(found, (int, np.integer)) or found < 0:
+            raise FewerError(f"tokenizer {name} gave {found!r} for a text; a counting function gives how many tokens")
+        return int(found)
+
+    return Counter(name, count)
 
 
 @lru_cache(maxsize=8)
@@ -72,7 +86,10 @@ def _named(name: str) -> Counter:
 
         from fewer.sentences import default_sentence_encoder_path
 
-        return _transformers(AutoTokenizer.from_pretrained(default_sentence_encoder_path()), name)
+        encoder = AutoTokenizer.from_pretrained(default_sentence_encoder_path())
+        encoder.backend_tokenizer.no_truncation()  # its file switches both on
+        encoder.backend_tokenizer.no_padding()
+        return _transformers(encoder, name)
     try:
         import tiktoken
 
@@ -120,14 +137,31 @@ def _transformers(tokenizer: Any, name: str | None = None) -> Counter:
     name = name or str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
     inner = getattr(tokenizer, "backend_tokenizer", None)
     if inner is None:
-        return Counter(name, lambda text: len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]))
+        return _chatting(
+            Counter(name, lambda text: len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])),
+            tokenizer,
+        )
 
     def where(text: str) -> NDArray[np.int64]:
         offsets = inner.encode(text, add_special_tokens=False).offsets
-        return np.array(offsets, dtype=np.int64).reshape(-1, 2)
+        return np.fromiter(chain.from_iterable(offsets), dtype=np.int64, count=2 * len(offsets)).reshape(-1, 2)
+
+    def count(text: str) -> int:
+        return len(inner.encode_batch_fast([text], add_special_tokens=False)[0])  # fast: without offsets
 
     if inner.truncation is not None or inner.padding is not None:
         raise FewerError(
             f"tokenizer {name}: truncation or padding is switched on in it, so it cannot count; switch it off"
         )
-    return Counter(name, lambda text: len(inner.encode(text, add_special_tokens=False)), where)
+    return _chatting(Counter(name, count, where), tokenizer)
+
+
+def _chatting(made: Counter, tokenizer: Any) -> Counter:
+    """The counter, with the tokenizer's chat template if it has one."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return made
+
+    def chat(messages: list[dict[str, str]], answer: bool) -> int:
+        return made.count(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer))
+
+    return replace(made, chat=chat)

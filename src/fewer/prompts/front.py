@@ -1,7 +1,7 @@
 """`fewer.compress_prompt`: from documents and a budget to a `Compression`."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from fewer.prompts.counting import counter
 from fewer.prompts.protect import protected
 from fewer.prompts.settle import Run, settle, text_of
 from fewer.prompts.source import PromptMethod, Ranking, Source
-from fewer.types import Budget, BudgetError, FewerError
+from fewer.types import Budget, BudgetError, FewerError, Keep
 
 GLUE = "\n\n"
 
@@ -22,11 +22,11 @@ def compress_prompt(
     prompt: str | Sequence[str],
     method: str | PromptMethod = "llmlingua2",
     *,
-    keep: float | str | None = None,
+    keep: Keep | None = None,
     tokens: int | None = None,
     question: str | None = None,
     instruction: str | None = None,
-    protect: Iterable[Any] = (),
+    protect: Any = (),
     tokenizer: Any = None,
 ) -> Compression:
     """Shorten a text, or documents, to at most so many tokens.
@@ -43,7 +43,7 @@ def compress_prompt(
         question: what will be asked about the documents, for methods that look at it.
         instruction: what the reader is told to do, for methods that look at it.
         protect: what must stay: strings, compiled patterns, classes such as `fewer.protect.NUMBERS`, functions from
-            text to `(start, end)`, ranges; see `fewer.prompts.protect.protected`.
+            text to `(start, end)`, ranges, or a list of these; see `fewer.prompts.protect.protected`.
         tokenizer: what counts tokens, see `fewer.prompts.counting.counter`; default the default language model's.
 
     Raises:
@@ -53,15 +53,15 @@ def compress_prompt(
     >>> compress_prompt("one two three four", "truncation", tokens=8, tokenizer="characters").text
     'one two'
     """
-    documents = _documents(prompt)
-    question, instruction = _text(question, "question"), _text(instruction, "instruction")
+    documents = read_documents(prompt)
+    question, instruction = read_text(question, "question"), read_text(instruction, "instruction")
     made, count = resolve_prompt(method), counter(tokenizer)
     start = time.perf_counter()
-    rules = protected(documents, [protect] if isinstance(protect, str) else protect)
+    rules = protected(documents, protect)
     source = Source(documents, question, instruction, rules, count)
     everything = tuple(Run(i, 0, len(text)) for i, text in enumerate(documents) if text)
     before = len(source.ends[0]) if len(documents) == 1 else count.count(text_of(documents, everything, GLUE))
-    budget = _budget(keep, tokens)
+    budget = read_budget(keep, tokens)
     if isinstance(made, Full) or (budget is not None and budget.count(before) >= before):
         kept, runs, after = None, everything, before
         limit: int | None = before
@@ -69,11 +69,16 @@ def compress_prompt(
     else:
         limit = None if budget is None else budget.count(before)
         asked = None if limit is None else Budget(budget.keep, tokens=limit)  # type: ignore[union-attr]
-        ranking = _checked(made, made.rank(source, asked), documents)
+        ranking = checked(made, made.rank(source, asked), documents)
         if limit is None and ranking.chosen is None:
             raise BudgetError(f"{name_of(made)} has no threshold of its own: give keep=, or tokens=")
         kept = settle(source, ranking, limit, GLUE)
         runs, after, notes = kept.runs, kept.tokens, ranking.notes
+        if not runs:
+            notes = (
+                *notes,
+                "nothing stayed" + ("" if limit is None else f": every unit takes more than {limit} tokens"),
+            )
     return Compression(
         text=text_of(documents, runs, GLUE), runs=runs, source=source, method=name_of(made), limit=limit,
         tokens_before=before, tokens_after=after, glue=GLUE, single=isinstance(prompt, str), kept_units=kept,
@@ -81,7 +86,8 @@ def compress_prompt(
     )  # fmt: skip
 
 
-def _budget(keep: float | str | None, tokens: int | None) -> Budget | None:
+def read_budget(keep: Keep | None, tokens: int | None) -> Budget | None:
+    """The budget as it was asked for, None where it was not."""
     if keep is not None and tokens is not None:
         raise BudgetError(f"keep={keep!r} and tokens={tokens!r}: give one of them")
     if tokens is not None:
@@ -96,16 +102,22 @@ def _budget(keep: float | str | None, tokens: int | None) -> Budget | None:
     return budget
 
 
-def _documents(prompt: str | Sequence[str]) -> tuple[str, ...]:
-    documents = (prompt,) if isinstance(prompt, (str, bytes)) else tuple(prompt)
+def read_documents(prompt: str | Sequence[str]) -> tuple[str, ...]:
+    """A text or documents, refused where they hold no text that can be shortened."""
+    if isinstance(prompt, Mapping) or not isinstance(prompt, (str, bytes, bytearray, Iterable)):
+        raise FewerError(f"compress_prompt(): the prompt is {type(prompt).__name__}; give a text, or a list of texts")
+    documents = (prompt,) if isinstance(prompt, (str, bytes, bytearray)) else tuple(prompt)
     for index, text in enumerate(documents):
-        _text(text, f"document {index}")
+        if text is None:
+            raise FewerError(f"compress_prompt(): document {index} is None, not text")
+        read_text(text, f"document {index}")
     if not any(text.strip() for text in documents):
         raise FewerError("compress_prompt(): the prompt is empty; there is nothing to shorten")
     return documents
 
 
-def _text(text: Any, what: str) -> str:
+def read_text(text: Any, what: str) -> str:
+    """A text that can be written as UTF-8; None is the empty one."""
     if text is None:
         return ""
     if not isinstance(text, str):
@@ -121,14 +133,37 @@ def _text(text: Any, what: str) -> str:
     return text
 
 
-def _checked(method: Any, ranking: Ranking, documents: tuple[str, ...]) -> Ranking:
+def checked(method: Any, ranking: Ranking, documents: tuple[str, ...]) -> Ranking:
     """What a method gave, refused if it cannot be worked with: methods may be anyone's."""
-    n, name = len(ranking.units), name_of(method)
-    for label, given in (("value", ranking.value), ("chosen", ranking.chosen)):
-        if given is not None and np.shape(given) != (n,):
-            raise FewerError(f"{name}: rank() gave {np.shape(given)} for {label}, for {n} units")
+    name = name_of(method)
+    if not isinstance(ranking, Ranking):
+        raise FewerError(f"{name}: rank() gave {type(ranking).__name__}, not a Ranking")
+    n, units = len(ranking.units), ranking.units
+    for label, given, kinds in (
+        ("units.document", units.document, "iu"), ("units.end", units.end, "iu"), ("units.start", units.start, "iu"),
+        ("value", ranking.value, "fiu"), ("chosen", ranking.chosen, "b"),
+    ):  # fmt: skip
+        if given is not None and (np.shape(given) != (n,) or np.asarray(given).dtype.kind not in kinds):
+            raise FewerError(
+                f"{name}: rank() gave {np.asarray(given).dtype} {np.shape(given)} for {label}, for {n} units"
+            )
+    lengths = np.array([len(text) for text in documents])
+    fit = (units.document >= 0) & (units.document < len(documents)) & (units.start >= 0) & (units.start < units.end)
+    if not fit.all() or (units.end > lengths[units.document]).any():
+        raise FewerError(f"{name}: rank() gave a unit that is empty, or outside its document")
+    same = units.document[1:] == units.document[:-1]
+    if (units.document[1:] < units.document[:-1]).any() or (same & (units.start[1:] < units.end[:-1])).any():
+        raise FewerError(f"{name}: rank() gave units that overlap, or are not in the order of the documents")
     if not np.isfinite(ranking.value).all():
         raise FewerError(f"{name}: rank() gave a value that is no finite number")
+    if not all(0 <= unit < n and isinstance(text, str) for unit, text in ranking.written.items()):
+        raise FewerError(f"{name}: rank() wrote what is no text, or in place of no unit")
+    for text in ranking.written.values():
+        read_text(text, f"what {name} wrote")
+    if ranking.needs is not None and not (
+        ranking.needs.ndim == 2 and ranking.needs.shape[1] == 2 and ((ranking.needs >= 0) & (ranking.needs < n)).all()
+    ):
+        raise FewerError(f"{name}: rank() gave needs that are no pairs of its {n} units")
     if ranking.order is not None and sorted(ranking.order) != list(range(len(documents))):
         raise FewerError(f"{name}: rank() gave the order {ranking.order}, which is not each document once")
     return ranking

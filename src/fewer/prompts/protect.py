@@ -3,6 +3,7 @@
 NUMBERS, NEGATIONS, IDENTIFIERS, PATHS, URLS, QUOTES, CODE, KEYS      patterns that most users want, ready made
 """
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from fewer.prompts.source import Protected
 from fewer.types import FewerError
 
 SECONDS = 2.0
-"""Most time that one pattern may take on one document."""
+"""Most time that one pattern may take on one document, for each million characters begun."""
 
 Find = Callable[[str], Iterable[tuple[int, int]]]
 
@@ -34,26 +35,34 @@ def literal(text: str) -> Rule:
 
 
 def pattern(compiled: Any, name: str | None = None) -> Rule:
-    """Every match of a regular expression; one that takes more than two seconds on a document is an error."""
-    source, flags = compiled.pattern, compiled.flags
+    """Every match of a regular expression; one that takes more than two seconds on a document is an error, on one of
+    more than a million characters as many times two."""
+    source = compiled.pattern
     if not isinstance(source, str):
         raise FewerError(f"protect={compiled!r} is a pattern of bytes; give one of text")
     try:
-        ours = regex.compile(source, flags & (regex.I | regex.M | regex.S | regex.X | regex.A | regex.U))
+        ours = regex.compile(source, _flags(compiled.flags)) if isinstance(compiled, re.Pattern) else compiled
     except regex.error as why:
         raise FewerError(f"protect={source!r} cannot be read as a regular expression: {why}") from None
     said = name or f"pattern {source!r}"
 
     def find(document: str) -> Iterable[tuple[int, int]]:
+        seconds = SECONDS * (1 + len(document) // 1_000_000)
         try:
-            return [match.span() for match in ours.finditer(document, timeout=SECONDS)]
+            return [match.span() for match in ours.finditer(document, timeout=seconds)]
         except TimeoutError:
             raise FewerError(
-                f"protect={source!r} took more than {SECONDS:.0f} s on a document of {len(document):,} characters: it "
+                f"protect={source!r} took more than {seconds:g} s on a document of {len(document):,} characters: it "
                 f"backtracks; write it so that it does not"
             ) from None
 
     return Rule(said, find)
+
+
+def _flags(given: int) -> int:
+    """Flags of `re` as those of `regex`, which have other numbers."""
+    known = ((re.I, regex.I), (re.M, regex.M), (re.S, regex.S), (re.X, regex.X), (re.A, regex.A))
+    return sum(int(ours) for theirs, ours in known if given & theirs)
 
 
 def _places(document: str, text: str) -> Iterable[tuple[int, int]]:
@@ -68,44 +77,57 @@ def _class(name: str, source: str, flags: int = 0) -> Rule:
 
 
 _UNIT = (
-    r"(?:%|‰|°[CF]?|[kMGTµnm]?(?:g|m|s|W|V|A|Hz|B|iB|b|L|l|J|Pa)\b|(?:percent|per cent|million|billion|thousand|"
-    r"trillion|dollars?|euros?|pounds?|years?|months?|weeks?|days?|hours?|minutes?|seconds?|tokens?|bytes?|kg|km|cm|mm|ms|"
-    r"miles?|feet|ft|inch(?:es)?|lbs?|am|pm|a\.m\.|p\.m\.)\b)"
+    r"(?:%|‰|°[CF]?|(?:[kMGTµnmc]?(?:g|m|s|W|V|A|Hz|B|iB|b|L|l|J|Pa)|[KMGT]iB|kWh|(?i:percent|per cent|million|billion|"
+    r"thousand|trillion|dollars?|euros?|pounds?|years?|months?|weeks?|days?|hours?|minutes?|seconds?|tokens?|bytes?|"
+    r"miles?|feet|ft|inch(?:es)?|lbs?|am|pm|a\.m\.|p\.m\.))(?!\w)(?:/\p{L}+)?)"
 )
-NUMBERS = _class("numbers", rf"[+\-−±]?(?:[$€£¥]\s?)?\b\p{{N}}[\p{{N}}.,:/\-]*(?<=\p{{N}})(?:\s?{_UNIT})?", regex.I)
+NUMBERS = _class(
+    "numbers",
+    r"(?:(?<!\w)[+\-−±])?(?:[$€£¥][^\S\r\n]?)?(?<!\w)[vV]?\p{N}(?:[\p{N}.,:/\-]*\p{N})?(?:[eE][+\-]?\d+|(?:st|nd|rd|th|s|x)(?!\w))?"
+    rf"(?:[^\S\r\n]?{_UNIT}){{0,2}}",
+)
 """Numbers with their signs, currencies and units."""
 
 _WORDS = r"(?:[ \t]+[\w'’\-]+)"
 NEGATIONS = _class(
     "negations",
-    rf"\b(?:not|no|never|none|nobody|nothing|neither|nor|cannot|without|unless|except|must|shall|should|may|might|can|"
-    rf"could|would|will|only|\w+n['’]t)\b(?:[ \t]+(?:be|been|have|not|to|any|the|a|an))*{_WORDS}?",
+    rf"\b(?:\w+n['’]t|not|no|never|none|nobody|nothing|neither|nor|cannot|without|unless|except|must|shall|should|may|might|can|"
+    rf"could|would|will|only)\b(?:[ \t]+(?:be|been|have|not|never|only|to|any|the|a|an)\b)*{_WORDS}?",
     regex.I,
 )
 """Negations and modals with the word they modify."""
 
 IDENTIFIERS = _class(
     "identifiers",
-    r"\b(?:[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}|0x[0-9a-fA-F]+|[A-Za-z_]\w*(?:(?:\.|::|->)[A-Za-z_]\w*)+(?:\(\))?|"
-    r"[A-Za-z]+\w*_\w+|_\w+|\p{Ll}+\p{Lu}\w*|\p{Lu}\p{Ll}+(?:\p{Lu}\p{Ll}+)+|\p{Lu}{2,}\w*|(?=\w*\p{L})(?=\w*\d)\w{3,}|\w+\(\))",
+    r"\b(?!(?:e\.g|i\.e|a\.m|p\.m|U\.S)\b)(?:[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}|0x[0-9a-fA-F]+|"
+    r"[A-Za-z_]\w*(?:(?:\.|::|->)[A-Za-z_]\w*)+(?:\(\))?|[A-Za-z][^\W_]*+_\w+|_\w+|\p{Ll}+\p{Lu}\w*|"
+    r"\p{Lu}\p{Ll}+(?:\p{Lu}\p{Ll}+)+|\p{Lu}{2,}\w*|(?=[^\W\d]*+\d)(?=[\d_]*+\p{L})\w{3,}|\p{Lu}+-\d[\w\-]*\b|\w+\(\))",
 )
 """UUIDs, hexadecimal numbers, names as code writes them, codes of letters and digits, words in capitals."""
 
 PATHS = _class(
-    "paths", r"(?<![\w/])(?:~|\.{1,2}|[A-Za-z]:)?[/\\](?:[\w.\-@+]+[/\\])*[\w.\-@+]+|\b[\w\-]+(?:/[\w.\-]+)+\b"
+    "paths",
+    r"(?<![\w/<:])(?:~|\.{1,2}|[A-Za-z]:)?[/\\](?:[\w.\-@+]+[/\\])*[\w.\-@+]*[\w\-]|"
+    r"(?<![\w./:@\-])[\w\-]+(?:(?:/[\w\-@+]+)*/[\w\-@+]*(?:\.\w+)+|(?:/[\w.\-@+]*\w){2,})",
 )
-"""Paths of files, absolute and relative."""
+"""Paths of files, absolute and relative; one relative folder with neither a dot nor a second slash is a word."""
 
-URLS = _class("urls", r"\b(?:https?|ftp|file|ssh|git)://[^\s<>\"'\)\]]+|\b[\w.+\-]+@[\w\-]+(?:\.[\w\-]+)+")
+URLS = _class(
+    "urls",
+    r"\b(?:https?|ftp|file|ssh|git)://(?:[^\s<>\"'()\[\]]|\([^\s<>\"'()]*\))*(?:[^\s<>\"'()\[\].,;:!?]|\([^\s<>\"'()]*\))|"
+    r"\b[\w+\-][\w.+\-]{0,63}@[\w\-]+(?:\.[\w\-]+)+",
+)
 """Addresses of pages and of mail."""
 
-QUOTES = _class("quotes", r"\"[^\"\n]{1,400}\"|“[^”\n]{1,400}”|«[^»\n]{1,400}»|„[^“”\n]{1,400}[“”]")
+QUOTES = _class("quotes", r"\"[^\"\n]{1,400}\"|“[^”\n]{1,400}”|«[^»\n]{1,400}»|„[^“”\n]{1,400}[“”]|「[^」\n]{1,400}」")
 """What stands in quotation marks on one line, with them."""
 
-CODE = _class("code", r"^(?:```|~~~)[^\n]*\n.*?^(?:```|~~~)[ \t]*$|`[^`\n]+`", regex.M | regex.S)
-"""Code fences, and code in backquotes."""
+CODE = _class(
+    "code", r"^[ \t]*(?P<fence>`{3,}+|~{3,}+)[^\n]*\n(?s:.*?)(?:^[ \t]*(?P=fence)[ \t]*\r?$|\Z)|`[^`\n]+`", regex.M
+)
+"""Code fences, one that is not closed to the end of the text, and code in backquotes."""
 
-KEYS = _class("keys", r"\"(?:[^\"\\\n]|\\.)+\"(?=\s*:)|^[ \t]*(?:-[ \t]+)?[\w.\-]+:(?=[ \t]|$)", regex.M)
+KEYS = _class("keys", r"\"(?:[^\"\\\n]|\\.)+\"(?=\s*:)|^[ \t]*(?:-[ \t]+)?[\w.\-]+:(?=[ \t\r]|$)", regex.M)
 """Keys of JSON and YAML."""
 
 CLASSES = {rule.name: rule for rule in (NUMBERS, NEGATIONS, IDENTIFIERS, PATHS, URLS, QUOTES, CODE, KEYS)}
@@ -118,22 +140,27 @@ def named(name: str) -> Rule:
     return CLASSES[name]
 
 
-def protected(documents: Sequence[str], rules: Iterable[Any]) -> tuple[Protected, ...]:
+def protected(documents: Sequence[str], rules: Any) -> tuple[Protected, ...]:
     """What the rules protect in these documents.
 
     Args:
         rules: each a string that stays wherever it stands, a compiled pattern, a `Rule` such as `NUMBERS`, a function
-            from text to `(start, end)`, a range `(start, end)` of the only document, or `(document, start, end)`.
+            from text to `(start, end)`, a range `(start, end)` of the only document, or `(document, start, end)`. One
+            that stands alone need not be in a list.
     """
     found: list[Protected] = []
-    for rule in rules:
+    alone = not isinstance(rules, Iterable) or isinstance(rules, (str, bytes))
+    if rules is None:
+        return ()
+    for rule in [rules] if alone or (isinstance(rules, tuple) and isinstance((*rules, "")[0], int)) else rules:
         if isinstance(rule, (tuple, list)):
             found.append(_range(documents, rule))
             continue
         made = _rule(rule)
         for index, text in enumerate(documents):
             for span in made.find(text):
-                found.append(_checked(documents, (index, *span), made.name, rule))
+                given = (index, *span) if isinstance(span, Sequence) else (span,)
+                found.append(_checked(documents, given, made.name, rule))
     return tuple(found)
 
 

@@ -2,20 +2,22 @@
 
 Protected text stays whatever it is worth. The others follow by what the method says they are worth, and where the cut
 falls is found by counting the tokens of the text that it gives: an estimate from the tokens of the source says where
-to look first, and what is left over is filled with units that still fit.
+to look first, and what is left over is filled with units that still fit. A unit that needs others (`Ranking.needs`)
+comes with them and never without.
 """
 
-from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import regex
 
-from fewer.prompts.source import Bools, Floats, Ints, Ranking, Source, Units, graphemes
-from fewer.types import BudgetError
+from fewer.prompts.needs import closed, pulling, recut, steps
+from fewer.prompts.shape import Shape
+from fewer.prompts.source import DENSE, Bools, Floats, Ints, Protected, Ranking, Source, Units
+from fewer.types import BudgetError, FewerError
 
 NEAR = 1 / 500
 """How near the ceiling is near enough, as a share of it: on long texts each token nearer costs another count."""
@@ -23,7 +25,9 @@ NEAR = 1 / 500
 FILL, SHORT = 16, 2000
 """Units that are tried at the end, one by one, where the ceiling is no more than so many tokens."""
 
-_SPACE = regex.compile(r"\s+")
+_BREAK = regex.compile(r"[^\S\n]*\n")
+_MARK = regex.compile(r"[^\w\p{M}]|_")
+_RUNNING = regex.compile(rf"[[\w\p{{M}}]--[_{DENSE}]]", regex.V1)
 
 
 class Run(NamedTuple):
@@ -52,140 +56,153 @@ def settle(source: Source, ranking: Ranking, limit: int | None, glue: str) -> Ke
     Raises:
         BudgetError: what is protected takes more than that.
     """
+    for document, shape in enumerate(source.shapes):
+        mine = ranking.units.of(document)
+        for edges in (ranking.units.start[mine], ranking.units.end[mine]):
+            if (shape.floor(edges) != edges).any():
+                raise FewerError(
+                    f"a unit of document {document} ends inside a grapheme; Source.cut makes units that do not"
+                )
     ranking, rules = guarded(source, ranking)
     forced = np.array([bool(rule) for rule in rules], dtype=bool)
     chosen = np.zeros(len(rules), dtype=bool) if ranking.chosen is None else ranking.chosen
-    order = np.lexsort((np.arange(len(rules)), -ranking.value, ~chosen, ~forced))
+    pull = pulling(ranking.needs, len(rules))
+    if ranking.needs is not None:
+        forced, chosen = closed(forced, pull), closed(chosen, pull)
+    ranked = np.lexsort((np.arange(len(rules)), -ranking.value, ~chosen, ~forced))
+    order, cuts = steps(ranked, ranking.needs)
 
-    def of(count: int, more: Ints | None = None) -> tuple[Bools, tuple[Run, ...], int]:
+    def of(count: int, more: Sequence[int] = ()) -> tuple[Bools, _Laid, int]:
         mask = np.zeros(len(rules), dtype=bool)
         mask[order[:count]] = True
-        if more is not None:
-            mask[more] = True
-        runs = render(source, ranking, mask)
-        return mask, runs, source.counter.count(text_of(source.documents, runs, glue))
+        mask[list(more)] = True
+        laid = _laid(source, ranking, mask)
+        return mask, laid, source.counter.count(_text(source.documents, laid, ranking, glue))
 
     if limit is None:
-        mask, runs, tokens = of(int((forced | chosen).sum()))
-        return Kept(ranking, mask, rules, runs, tokens)
-    must = int(forced.sum())
-    best = of(must)
+        mask, laid, tokens = of(int((forced | chosen).sum()))
+        return Kept(ranking, mask, rules, _runs(laid, ranking), tokens)
+    best = of(int(forced.sum()))
     if best[2] > limit:
         raise BudgetError(
             f"what is protected takes {best[2]} tokens of {source.counter.name} and {limit} may stay; "
             f"allow at least {best[2]}, or protect less"
         )
-    low, high = must, len(rules) + 1  # `low` units fit; `high` do not
-    weights = np.cumsum(_weights(source, ranking)[order])
-    scale = 1.0
-    for _ in range(64):
+    low, high = int(np.searchsorted(cuts, forced.sum())), len(cuts)  # what is before cut `low` fits; before `high` not
+    weights = np.concatenate([[0.0], np.cumsum(_weights(source, ranking)[order])])[cuts]
+    at, slope = (weights[low], best[2]), 1.0  # what was tried last, and what the weights say for each token counted
+    for turn in range(64):
         if high - low <= 1 or limit - best[2] <= NEAR * limit:
             break
-        goal = best[2] + (limit - best[2]) * 0.998
-        base = weights[low - 1] if low else 0.0
-        guess = int(np.searchsorted(weights, base + (goal - best[2]) * scale, side="right"))
+        goal = at[0] + (limit * (1 - NEAR / 2) - at[1]) * slope  # the middle of what is near enough
+        guess = int(np.searchsorted(weights, goal, side="right")) - 1 if turn < 8 else (low + high) // 2
         guess = min(max(guess, low + 1), high - 1)
-        tried = of(guess)
-        took = weights[guess - 1] - base
-        if took > 0 and tried[2] > best[2]:
-            scale = float(np.clip(took / (tried[2] - best[2]), 0.25, 4.0))
+        tried = of(int(cuts[guess]))
+        if tried[2] != at[1]:
+            slope = float(np.clip((weights[guess] - at[0]) / (tried[2] - at[1]), 0.25, 4.0))
+        at = (weights[guess], tried[2])
         if tried[2] <= limit:
             low, best = guess, tried
         else:
             high = guess
     added: list[int] = []
-    for unit in order[low : low + FILL] if limit <= SHORT else ():
+    for unit in ranked[~best[0][ranked]][:FILL].tolist() if limit <= SHORT else ():
         if best[2] >= limit:
             break
-        tried = of(low, np.array([*added, unit]))
+        if best[0][unit]:  # another one needed it
+            continue
+        more = [*added, *pull(unit, best[0])]
+        tried = of(int(cuts[low]), more)
         if tried[2] <= limit:
-            best = tried
-            added.append(int(unit))
-    return Kept(ranking, best[0], rules, best[1], best[2])
+            best, added = tried, more
+    return Kept(ranking, best[0], rules, _runs(best[1], ranking), best[2])
 
 
 def guarded(source: Source, ranking: Ranking) -> tuple[Ranking, list[str]]:
-    """The ranking with units of their own for what is protected, and each unit's rule."""
+    """The ranking with units of their own for what is protected, and each unit's rule. A unit that holds something
+    protected is not rewritten; one that others need, or that needs others, stays in one piece for all that."""
     if not source.protected:
         return ranking, [""] * len(ranking.units)
-    spans: list[tuple[int, int, int]] = []
-    came: list[int] = []  # the unit that each comes from, -1 for none
+    columns: list[tuple[Ints, Ints, Ints]] = []  # start, end, the unit that each comes from or -1
+    documents: list[int] = []
     rules: list[str] = []
-    edges = [graphemes(text) for text in source.documents]
-    for document in range(len(source.documents)):
-        kept: list[tuple[int, int, str]] = []
-        for _, start, end, rule in sorted(p for p in source.protected if p.document == document):
-            start, end = _outside(edges[document], start), edges[document](end)
-            if start >= end:
-                continue
-            if kept and start < kept[-1][1]:  # they overlap: the first names what both hold
-                kept[-1] = (kept[-1][0], max(end, kept[-1][1]), kept[-1][2])
-            else:
-                kept.append((start, end, rule))
+    whole = np.ones(len(ranking.units), dtype=bool)
+    pieces: list[tuple[Ints, Ints]] = []  # for each unit, which of the new ones are its pieces
+    for document, shape in enumerate(source.shapes):
         mine = ranking.units.of(document)
-        starts, ends = ranking.units.start[mine].tolist(), ranking.units.end[mine].tolist()
-        parts: list[tuple[int, int, int, str]] = []
-        for unit, start, end in zip(range(mine.start, mine.stop), starts, ends, strict=True):
-            at = start
-            for left, right, _ in _touching(kept, start, end):
-                if unit in ranking.written:
-                    continue
+        starts, ends = ranking.units.start[mine], ranking.units.end[mine]
+        kept = _merged(shape, [p for p in source.protected if p.document == document])
+        lefts = np.array([left for left, _, _ in kept], dtype=np.int64)
+        rights = np.array([right for _, right, _ in kept], dtype=np.int64)
+        first, after = np.searchsorted(rights, starts, side="right"), np.searchsorted(lefts, ends)
+        touched = after > first
+        whole[mine] = ~touched
+        parts: list[tuple[int, int, int]] = []
+        for unit in np.flatnonzero(touched).tolist():
+            at = int(starts[unit])
+            for left, right, _ in [*kept[first[unit] : after[unit]], (int(ends[unit]), 0, "")]:
                 if at < left:
-                    parts.append((at, left, unit, ""))
+                    parts.append((at, left, unit))
                 at = max(at, right)
-            if at < end:
-                parts.append((at, end, unit, ""))
-        inside = ranking.units.start[mine]
-        for left, right, rule in kept:
-            near = int(np.searchsorted(inside, left, side="right")) - 1
-            unit = mine.start + near if near >= 0 else -1
-            parts.append((left, right, unit, rule))
-        for left, right, unit, rule in sorted(parts):
-            left, right = _stripped(source.documents[document], left, right) if not rule else (left, right)
-            if left < right:
-                spans.append((document, left, right))
-                came.append(unit)
-                rules.append(rule)
-    index = np.array(came, dtype=np.int64)
+        cut = np.array(parts, dtype=np.int64).reshape(-1, 3)
+        begin, end = shape.strip(cut[:, 0], cut[:, 1])
+        cut = np.stack([begin, end, cut[:, 2]], 1)[begin < end]
+        near = np.searchsorted(starts, lefts, side="right") - 1
+        alone = np.flatnonzero(~touched)
+        together = np.concatenate([
+            np.stack([starts[alone], ends[alone], alone, np.full(len(alone), -1)], 1),
+            np.stack([*cut.T, np.full(len(cut), -1)], 1),
+            np.stack([lefts, rights, near, np.arange(len(kept))], 1),
+        ])  # fmt: skip
+        together = together[np.argsort(together[:, 0], kind="stable")]
+        came = np.where(together[:, 2] >= 0, together[:, 2] + mine.start, -1)
+        firsts, afters = np.searchsorted(together[:, 1], starts, side="right"), np.searchsorted(together[:, 0], ends)
+        pieces.append((firsts + len(rules), afters + len(rules)))
+        columns.append((together[:, 0], together[:, 1], came))
+        documents += [document] * len(came)
+        rules += [kept[index][2] if index >= 0 else "" for index in together[:, 3].tolist()]
+    lows, highs, index = (np.concatenate(column) for column in zip(*columns, strict=True))
+    units = Units(np.array(documents, dtype=np.int64), lows, highs)
     value = np.where(index >= 0, ranking.value[index] if len(ranking.value) else 0.0, 0.0)
     chosen = None if ranking.chosen is None else (index >= 0) & ranking.chosen[index]
-    written = {i: ranking.written[unit] for i, unit in enumerate(came) if unit in ranking.written and not rules[i]}
-    return replace(ranking, units=Units.made(spans), value=value, chosen=chosen, written=written), rules
+    written = {
+        place: ranking.written[unit]
+        for place, unit in (enumerate(index.tolist()) if ranking.written else ())
+        if unit in ranking.written and whole[unit] and not rules[place]
+    }
+    needs = None if ranking.needs is None else recut(ranking.needs, *map(np.concatenate, zip(*pieces, strict=True)))
+    return replace(ranking, units=units, value=value, chosen=chosen, written=written, needs=needs), rules
 
 
-def _outside(edge: Callable[[int], int], start: int) -> int:
-    """The start of the grapheme that this offset is in."""
-    while start > 0 and edge(start) != start:
-        start -= 1
-    return start
-
-
-def _touching(kept: list[tuple[int, int, str]], start: int, end: int) -> list[tuple[int, int, str]]:
-    first = bisect_left(kept, start, key=lambda span: span[1] - 1)
-    out = []
-    for span in kept[first:]:
-        if span[0] >= end:
-            break
-        out.append(span)
+def _merged(shape: Shape, spans: list[Protected]) -> list[tuple[int, int, str]]:
+    """In order, with whole graphemes; of two that overlap, the first names what both hold."""
+    out: list[tuple[int, int, str]] = []
+    spans = sorted(spans)
+    starts = shape.floor(np.array([span.start for span in spans], dtype=np.int64)).tolist()
+    ends = shape.ceil(np.array([span.end for span in spans], dtype=np.int64)).tolist()
+    for start, end, span in zip(starts, ends, spans, strict=True):
+        if start < end and out and start < out[-1][1]:
+            out[-1] = (out[-1][0], max(end, out[-1][1]), out[-1][2])
+        elif start < end:
+            out.append((start, end, span.rule))
     return out
 
 
-def _stripped(text: str, start: int, end: int) -> tuple[int, int]:
-    piece = text[start:end]
-    return start + len(piece) - len(piece.lstrip()), end - len(piece) + len(piece.rstrip())
-
-
 def _weights(source: Source, ranking: Ranking) -> Floats:
-    """About how many tokens each unit adds: those that end in it or in the white space before it."""
-    units, weights = ranking.units, np.zeros(len(ranking.units))
-    for document in range(len(source.documents)):
-        mine = units.of(document)
-        ends = np.sort(source.ends[document])
-        after = np.searchsorted(ends, units.end[mine], side="right")
-        weights[mine] = np.diff(after, prepend=0)
+    """About how many tokens each unit adds."""
+    weights = source.sizes(ranking.units)
     for unit, text in ranking.written.items():
         weights[unit] = source.counter.count(text)
     return weights
+
+
+class _Laid(NamedTuple):
+    """Runs as columns; `unit` is what is written in its place, or -1."""
+
+    document: Ints
+    start: Ints
+    end: Ints
+    unit: Ints
 
 
 def render(source: Source, ranking: Ranking, mask: Bools) -> tuple[Run, ...]:
@@ -193,73 +210,96 @@ def render(source: Source, ranking: Ranking, mask: Bools) -> tuple[Run, ...]:
 
     Neighbours keep what is between them. Where something between two was dropped, one stretch of white space of what
     was dropped parts them, the one with the most line breaks; where there is none and two words would become one, the
-    first mark between them stays.
+    first mark between them stays. Units that need others are of a language that may read its white space: of what was
+    dropped, that stays which stands right before what follows, so that lines keep their indentation, and their ends.
     """
-    order = ranking.order if ranking.order is not None else range(len(source.documents))
-    runs: list[Run] = []
-    for document in order:
-        runs += _document(source.documents[document], document, ranking, mask)
-    return tuple(runs)
+    return _runs(_laid(source, ranking, mask), ranking)
 
 
-def _document(text: str, document: int, ranking: Ranking, mask: Bools) -> list[Run]:
-    mine = ranking.units.of(document)
-    starts, ends = ranking.units.start[mine].tolist(), ranking.units.end[mine].tolist()
-    kept = np.flatnonzero(mask[mine]).tolist()
-    runs: list[Run] = []
-    if not kept:
-        return runs
-    at = 0 if kept[0] == 0 else starts[kept[0]]  # where the open run starts
-    for before, unit in pairwise([None, *kept]):
-        if before is not None and unit != before + 1:
-            left, right = _between(text, ends[before], starts[unit])
-            runs.append(Run(document, at, ends[before]))
-            if left < right:
-                runs.append(Run(document, left, right))
-            at = starts[unit]
-        if (written := ranking.written.get(mine.start + unit)) is not None:
-            if at < starts[unit]:
-                runs.append(Run(document, at, starts[unit]))
-            runs.append(Run(document, starts[unit], ends[unit], written))
-            at = ends[unit]
-    runs.append(Run(document, at, len(text) if kept[-1] == len(starts) - 1 else ends[kept[-1]]))
-    joined: list[Run] = []
-    for run in runs:
-        if run.written is None and run.start >= run.end:
-            continue
-        last = joined[-1] if joined else None
-        if last is not None and last.end == run.start and last.written is None and run.written is None:
-            joined[-1] = Run(document, last.start, run.end)
-        else:
-            joined.append(run)
-    return joined
+def _runs(laid: _Laid, ranking: Ranking) -> tuple[Run, ...]:
+    rows = zip(*(column.tolist() for column in laid), strict=True)
+    return tuple(
+        Run(document, start, end, ranking.written[unit] if unit >= 0 else None) for document, start, end, unit in rows
+    )
 
 
-def _between(text: str, start: int, end: int) -> tuple[int, int]:
+def _text(documents: tuple[str, ...], laid: _Laid, ranking: Ranking, glue: str) -> str:
+    """What `text_of` gives of these runs."""
+    if ranking.written or len(documents) > 1:
+        return text_of(documents, _runs(laid, ranking), glue)
+    text = documents[0]
+    return "".join([text[start:end] for start, end in zip(laid.start.tolist(), laid.end.tolist(), strict=True)])
+
+
+def _laid(source: Source, ranking: Ranking, mask: Bools) -> _Laid:
+    parts = [_document(source, document, ranking, mask) for document in ranking.order or range(len(source.documents))]
+    return _Laid(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def _document(source: Source, document: int, ranking: Ranking, mask: Bools) -> _Laid:
+    text, mine = source.documents[document], ranking.units.of(document)
+    kept = np.flatnonzero(mask[mine])
+    if not len(kept):
+        return _Laid(*[np.zeros(0, dtype=np.int64)] * 4)
+    n = mine.stop - mine.start
+    starts, ends = ranking.units.start[mine][kept], ranking.units.end[mine][kept]
+    apart = np.flatnonzero(np.diff(kept) != 1)
+    left, right = ends[:-1].copy(), starts[1:].copy()  # what is between two that stay
+    shape, last = source.shapes[document], int(ends[-1])
+    if ranking.needs is None:
+        left[apart], right[apart] = _between(text, shape, left[apart], right[apart])
+    else:
+        left[apart] = np.maximum(shape.strip(left[apart], right[apart])[1], left[apart])
+        last = broken.end() if (broken := _BREAK.match(text, last)) else last
+    start, end = np.empty(2 * len(kept) + 1, dtype=np.int64), np.empty(2 * len(kept) + 1, dtype=np.int64)
+    start[1::2], end[1::2], start[2:-1:2], end[2:-1:2] = starts, ends, left, right
+    start[0], end[0] = 0 if kept[0] == 0 else starts[0], starts[0]
+    start[-1], end[-1] = ends[-1], len(text) if kept[-1] == n - 1 else last
+    unit = np.full(len(start), -1)
+    if ranking.written:
+        units = kept + mine.start
+        unit[1::2] = np.where(np.isin(units, list(ranking.written)), units, -1)
+    there = (start < end) | (unit >= 0)
+    start, end, unit = start[there], end[there], unit[there]
+    fresh = np.ones(len(start) + 1, dtype=bool)  # where a run starts: what touches is one run
+    fresh[1:-1] = (start[1:] != end[:-1]) | (unit[1:] >= 0) | (unit[:-1] >= 0)
+    start, end, unit = start[fresh[:-1]], end[fresh[1:]], unit[fresh[:-1]]
+    return _Laid(np.full(len(start), document), start, end, unit)
+
+
+def _between(text: str, shape: Shape, start: Ints, end: Ints) -> tuple[Ints, Ints]:
     """What parts two units when what was between them is gone."""
-    best = (0, 0)
-    most = -1
-    for match in _SPACE.finditer(text, start, end):
-        left, right = match.span()
-        breaks = text.count("\n", left, right)
-        if breaks >= most:
-            best, most = ((left, right) if breaks else (left, left + 1)), breaks
-    if most >= 0:
-        return best
-    if start and end < len(text) and text[start - 1].isalnum() and text[end].isalnum():
-        for match in regex.finditer(r"\X", text, pos=start, endpos=end):
-            if not match.group().isalnum():
-                return match.start(), match.end()
-    return start, start
+    left, right = start.copy(), start.copy()
+    first, after = np.searchsorted(shape.right, start, side="right"), np.searchsorted(shape.left, end)
+    found = after > first
+    if found.any():
+        # of those with the most breaks, the last; reduceat wants every index inside
+        key = np.append(shape.breaks * (len(shape.breaks) + 1) + np.arange(len(shape.breaks)), -1)
+        top = np.maximum.reduceat(key, np.stack([first[found], after[found]], 1).ravel())[::2] % (len(shape.breaks) + 1)
+        left[found] = np.maximum(shape.left[top], start[found])
+        whole = np.minimum(shape.right[top], end[found])
+        right[found] = np.where(shape.breaks[top] > 0, whole, left[found] + 1)
+    for gap in np.flatnonzero(~found & (start > 0) & (end < len(text))).tolist():
+        a, b = int(start[gap]), int(end[gap])
+        if _running(text[a - 1]) and _running(text[b]) and (mark := _MARK.search(text, a, b)):
+            left[gap], right[gap] = shape.floor(np.array(mark.start())), shape.ceil(np.array(mark.end()))
+    return left, right
 
 
-def text_of(documents: tuple[str, ...], runs: tuple[Run, ...], glue: str) -> str:
-    """The text of these runs, documents joined by `glue`."""
+@lru_cache(maxsize=4096)
+def _running(character: str) -> bool:
+    """Whether it is part of a word, in a script that puts spaces between words."""
+    return _RUNNING.match(character) is not None
+
+
+def text_of(documents: tuple[str, ...], runs: Sequence[Run], glue: str) -> str:
+    """The text of these runs; `glue` where one document follows another."""
     parts: list[str] = []
     last = None
     for document, start, end, written in runs:
-        if last is not None and document != last:
+        piece = documents[document][start:end] if written is None else written
+        if last is not None and document != last and piece:
             parts.append(glue)
-        parts.append(documents[document][start:end] if written is None else written)
-        last = document
+        parts.append(piece)
+        last = document if piece else last
     return "".join(parts)

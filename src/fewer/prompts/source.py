@@ -8,9 +8,12 @@ Offsets into the documents are the currency: characters, as Python counts them. 
 reader sees as one character) and has no white space at its ends; white space between units belongs to none.
 """
 
+import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -19,7 +22,8 @@ import sentencex
 from numpy.typing import NDArray
 
 from fewer.prompts.counting import Counter
-from fewer.types import Budget
+from fewer.prompts.shape import Shape
+from fewer.types import Budget, FewerError
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -44,11 +48,15 @@ class Protected(NamedTuple):
 
 
 # Scripts that put no spaces between words: each grapheme is a unit.
-_DENSE = r"[\p{Han}\p{Hiragana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
-_INNER = rf"(?:(?!{_DENSE})[\w\p{{M}}])"
-_WORD = regex.compile(rf"(?={_DENSE})\X|{_INNER}+(?:(?:://|[./:\-_@#%+~\\'’?=&]){_INNER}+)*|(?=\S)\X")
-_LINE = regex.compile(r"[^\r\n]*\S[^\r\n]*")
+DENSE = r"\p{Han}\p{Hiragana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+_INNER = rf"[[\w\p{{M}}]--[{DENSE}]]"
+_WORD = regex.compile(rf"{_INNER}+(?:(?:://|[./:\-_@#%+~\\'’?=&]){_INNER}+)*+|(?=\S)\X", regex.V1)
+_ASCII_WORD = re.compile(r"\w+(?:(?:://|[./:\-_@#%+~\\'?=&])\w+)*|\S", re.ASCII)  # the same, three times as fast
+_LINE = re.compile(r"[^\r\n]+")
 _BLANK = regex.compile(r"\n[^\S\n]*\n")
+
+WINDOW = 8192
+"""Characters of a line that are looked at together for sentences: some lines take time that grows with the square."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,10 +107,15 @@ class Source:
         return tuple(self.counter.ends(text) for text in self.documents)
 
     @cached_property
+    def shapes(self) -> tuple[Shape, ...]:
+        """Each document's graphemes and white space."""
+        return tuple(map(Shape.of, self.documents))
+
+    @cached_property
     def words(self) -> Units:
         """Words; identifiers, paths, numbers and hyphenated words in one piece; punctuation mark by mark; each grapheme
         of scripts that put no spaces between words."""
-        return self.cut(lambda text: (m.span() for m in _WORD.finditer(text)))
+        return self.cut(_words)
 
     @cached_property
     def sentences(self) -> Units:
@@ -127,27 +140,36 @@ class Source:
     def cut(self, spans: Callable[[str], Any]) -> Units:
         """Units from a function that gives `(start, end)` in each document's text, in order and without overlap. Ends
         are moved out of graphemes, white space at the ends is left out, and what is empty then is no unit."""
-        found = []
-        for document, text in enumerate(self.documents):
-            edges = graphemes(text)
-            last = 0
-            for start, end in spans(text):
-                start, end = max(last, edges(start)), edges(end)
-                piece = text[start:end]
-                start, end = start + len(piece) - len(piece.lstrip()), end - len(piece) + len(piece.rstrip())
-                if start < end:
-                    found.append((document, start, end))
-                    last = end
-        return Units.made(found)
+        return self._cut([spans(text) for text in self.documents])
 
     def tokens(self, offsets: Sequence[Any]) -> Units:
         """Units that are a model's tokens, given their offsets `(n, 2)` for each document; tokens that share a grapheme
         are one unit."""
-        return Units.made([span for i, pairs in enumerate(offsets) for span in self._tokens(i, pairs)])
+        return self._cut(offsets)
 
-    def _tokens(self, document: int, pairs: Any) -> list[tuple[int, int, int]]:
-        one = Source((self.documents[document],))
-        return [(document, span.start, span.end) for span in one.cut(lambda _: ((int(a), int(b)) for a, b in pairs))]
+    def _cut(self, spans: Sequence[Any]) -> Units:
+        documents, starts, ends = [], [], []
+        for document, (pairs, shape) in enumerate(zip(spans, self.shapes, strict=True)):
+            start, end = _columns(pairs)
+            end = shape.ceil(end)
+            before = np.maximum.accumulate(np.concatenate([[0], end[:-1]])) if len(end) else end
+            start, end = shape.strip(np.maximum(shape.floor(start), before), end)
+            there = start < end
+            starts.append(start[there])
+            ends.append(end[there])
+            documents.append(np.full(len(starts[-1]), document, dtype=np.int64))
+        if not documents:
+            return Units.made([])
+        return Units(np.concatenate(documents), np.concatenate(starts), np.concatenate(ends))
+
+    def sizes(self, units: Units) -> Floats:
+        """About how many of the counter's tokens each unit takes: those that end in it or in the white space before."""
+        out = np.zeros(len(units))
+        for document in range(len(self.documents)):
+            mine = units.of(document)
+            after = np.searchsorted(np.sort(self.ends[document]), units.end[mine], side="right")
+            out[mine] = np.diff(after, prepend=0)
+        return out
 
     def of(self, span: tuple[int, int, int]) -> str:
         """The text of a span."""
@@ -155,7 +177,8 @@ class Source:
         return self.documents[document][start:end]
 
     def spread(self, units: Units, offsets: Sequence[Any], values: Sequence[Any], how: str = "mean") -> Floats:
-        """A value for each unit from the tokens that touch it: their `mean`, `sum` or `max`; 0 where none does.
+        """A value for each unit from the tokens that touch it: their `mean`, `sum` or `max`, or the `first`'s; 0 where none
+        does.
 
         Args:
             offsets: for each document, where its tokens are, `(n, 2)`.
@@ -172,6 +195,9 @@ class Source:
                 top = np.maximum.reduceat(padded, np.stack([first, after], 1).ravel())[::2] if len(first) else first
                 out[mine] = np.where(after > first, top, 0.0)
                 continue
+            if how == "first":
+                out[mine] = np.where(after > first, np.append(given, 0.0)[first], 0.0)
+                continue
             total = np.concatenate([[0.0], np.cumsum(given)])
             summed = total[after] - total[first]
             out[mine] = summed if how == "sum" else summed / np.maximum(after - first, 1)
@@ -184,7 +210,9 @@ class Ranking:
 
     `value` says for each unit how much it is worth keeping, higher = stays longer. `chosen`, where a method decides by
     itself at this budget, says which it would keep: they come before all others when the budget is met. `order` is the
-    order in which documents are put out. `written` is text to put in the place of a unit, from methods that rewrite.
+    order in which documents are put out. `written` is text to put in the place of a unit, from methods that rewrite; a
+    unit that holds protected text is not replaced. `needs` `(m, 2)` are pairs of units: the first of each stays only
+    where the second does, as a statement with the function that it is in; see `fewer.prompts.needs`.
     """
 
     units: Units
@@ -193,6 +221,7 @@ class Ranking:
     order: tuple[int, ...] | None = None
     written: Mapping[int, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    needs: Ints | None = None
 
 
 @runtime_checkable
@@ -207,28 +236,52 @@ class PromptMethod(Protocol):
 
 def graphemes(text: str) -> Callable[[int], int]:
     """A function that moves an offset inside a grapheme to its end, and leaves others."""
-    if text.isascii():
-        return (lambda at: at) if "\r\n" not in text else (lambda at: at + (text[at - 1 : at + 1] == "\r\n"))
-    within = bytearray(len(text) + 1)  # 1 where an offset is inside a grapheme
-    for match in regex.finditer(r"\X", text):
-        start, end = match.span()
-        if end - start > 1:
-            within[start + 1 : end] = b"\x01" * (end - start - 1)
-    return lambda at: at if not within[at] else within.index(0, at)
+    shape = Shape.of(text)
+    starts, ends = shape.starts.tolist(), shape.ends.tolist()
+
+    def edge(at: int) -> int:
+        index = bisect_left(starts, at) - 1
+        return ends[index] if index >= 0 and at < ends[index] else at
+
+    return edge
+
+
+def _columns(pairs: Any) -> tuple[Ints, Ints]:
+    """Starts and ends, from an array `(n, 2)` or any iterable of pairs."""
+    if not isinstance(pairs, np.ndarray):
+        pairs = np.fromiter(chain.from_iterable(pairs), dtype=np.int64)
+    columns = pairs.astype(np.int64, copy=False).reshape(-1, 2)
+    return columns[:, 0], columns[:, 1]
+
+
+def _words(text: str) -> Iterator[tuple[int, int]]:
+    return (match.span() for match in (_ASCII_WORD if text.isascii() else _WORD).finditer(text))
 
 
 def _sentences(text: str) -> Iterator[tuple[int, int]]:
     for line in _LINE.finditer(text):
         at, end = line.span()
-        for sentence in sentencex.segment("en", line.group()):
-            found = text.find(sentence.strip(), at, end)  # the segmenter may lose white space between
-            if found >= 0 and sentence.strip():
-                if text[at:found].strip():  # nor may it lose anything else
-                    yield at, found
-                at = found + len(sentence.strip())
-                yield found, at
-        if text[at:end].strip():
-            yield at, end
+        while at < end:
+            stop = end if end - at <= WINDOW else text.rfind(" ", at, at + WINDOW)
+            stop = stop if stop > at else at + WINDOW
+            found = list(_segmented(text, at, stop))
+            if stop < end and len(found) > 1:
+                found.pop()  # the window may cut it: it is read again in the next one
+            yield from found
+            at = found[-1][1] if stop < end and found else stop
+
+
+def _segmented(text: str, at: int, end: int) -> Iterator[tuple[int, int]]:
+    for sentence in sentencex.segment("en", text[at:end]):
+        said = sentence.strip()
+        found = text.find(said, at, end)  # the segmenter may lose white space between
+        if found >= 0 and said:
+            if text[at:found].strip():  # nor may it lose anything else
+                yield at, found
+            at = found + len(said)
+            yield found, at
+    if text[at:end].strip():
+        yield at, end
 
 
 def _paragraphs(text: str) -> Iterator[tuple[int, int]]:

@@ -1,0 +1,33 @@
+"""The command line: thin functions that read options and call the library."""
+
+import typer
+from rich.console import Console
+
+from fewer.cli import caches, fitting, methods, pictures, prompts, serve
+from fewer.cli.caches import fitted as _fitted
+from fewer.cli.common import err, out
+from fewer.cli.fitting import needles as _needles
+from fewer.cli.methods import describe
+from fewer.types import FewerError
+
+__all__ = ["Console", "_fitted", "_needles", "app", "describe", "err", "main", "out"]
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
+app.command()(methods.methods)
+app.command()(methods.show)
+app.command()(caches.compare)
+app.command()(caches.generate)
+app.command()(pictures.image)
+app.command("fit")(fitting.fit_method)
+app.command()(prompts.prompt)
+app.command()(prompts.restore)
+app.command()(serve.serve)
+
+
+def main() -> None:
+    """Run the command line; what a user can mend is one line on stderr and exit code 2."""
+    try:
+        app()
+    except FewerError as error:
+        err.print(f"fewer: {error}", style="red", highlight=False, markup=False)
+        raise SystemExit(2) from None

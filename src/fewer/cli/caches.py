@@ -1,0 +1,177 @@
+"""`fewer compare` and `fewer generate`: methods for caches, measured and used."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fewer import fit as fits
+from fewer.cli.common import Json, ModelName, err, listed, out, print_json, read_keep, read_text
+from fewer.compress import compress
+from fewer.methods import of_family, resolve
+from fewer.types import FewerError, Keep, UnknownName
+
+if TYPE_CHECKING:
+    from fewer_eval.tasks import Task
+
+Fits = Annotated[list[Path] | None, typer.Option("--fit", help="A file that `fewer fit` made for one of the methods.")]
+
+
+def compare(
+    methods: Annotated[
+        str, typer.Option(help="Names, comma-separated, or 'all'; with a store as in snapkv+kivi-4bit.")
+    ] = "all",
+    keep: Annotated[str, typer.Option(help="Budgets, comma-separated: fractions, token counts or bytes.")] = "0.5,0.25",
+    tasks: Annotated[str, typer.Option(help="Names, comma-separated, or 'all'.")] = "needle-single,text",
+    tokens: Annotated[int, typer.Option(help="Length of a context in tokens.", min=64)] = 1000,
+    samples: Annotated[int, typer.Option(help="Samples of each task; of running text a third as many.", min=1)] = 20,
+    seed: int = 0,
+    data: Annotated[Path | None, typer.Option(help="Your own JSONL of context, question, answer, as the task.")] = None,
+    unseen: Annotated[bool, typer.Option(help="With --data: hide the question from the compressor.")] = False,
+    fit: Fits = None,
+    folder: Annotated[Path, typer.Option("--out", help="Where report.html and results.jsonl go.")] = Path("out"),
+    model: ModelName = "default",
+    as_json: Json = False,
+) -> None:
+    """Measure what methods save and lose on a model: a table, DIR/report.html and DIR/results.jsonl."""
+    from fewer_eval import tasks as known
+    from fewer_eval.schema import Question
+
+    chosen = fitted(listed(methods), fit)
+    keeps = [read_keep(text) for text in listed(keep)]
+    own = None if data is None else known.from_jsonl(data)
+    run = [own] if own is not None else _tasks(tasks)
+    if unseen and own is None:
+        raise FewerError("--unseen goes with --data; the built-in tasks are measured both ways")
+    questions: tuple[Question, ...] = ("unseen", "seen") if own is None else ("unseen",) if unseen else ("seen",)
+    _compare(model, run, chosen, keeps, tokens, samples, seed, questions, folder, as_json)
+
+
+def _compare(
+    model_name: str, tasks: "list[Task]", chosen: list[Any], keeps: list[Keep], tokens: int, samples: int, seed: int,
+    questions: Any, folder: Path, as_json: bool,
+) -> None:  # fmt: skip
+    from datetime import date
+
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from fewer.models import load
+    from fewer_eval import environment, report
+    from fewer_eval.runner import compare, samples_of
+    from fewer_eval.schema import RunInfo
+
+    model, tokenizer = load(model_name, say=err.print)
+    total = sum(samples_of(task, samples) for task in tasks)
+    columns = (TextColumn("{task.description:24s}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=err) as progress:
+        bar, started = progress.add_task("loading", total=total), [False]
+
+        def tick(what: str) -> None:
+            progress.update(bar, description=what, advance=int(started[0]))
+            started[0] = True
+
+        done = compare(
+            model, tokenizer, tasks, chosen, keeps, tokens=tokens, samples=samples, seed=seed, questions=questions,
+            model_name=model_name, tick=tick,
+        )  # fmt: skip
+        progress.update(bar, description="done", completed=total)
+    info = RunInfo(
+        model=model_name, command=" ".join(["fewer", *sys.argv[1:]]), date=date.today().isoformat(), seed=seed,
+        tokens=tokens, samples=samples, hardware=environment.hardware(), versions=environment.versions(),
+        kept=done.kept, notes=done.notes,
+    )  # fmt: skip
+    report.write_html(folder / "report.html", done.rows, info)
+    report.write_jsonl(folder / "results.jsonl", done.rows, info)
+    if as_json:
+        print_json({"rows": [row.to_dict() for row in done.rows]})
+        return
+    out.print(report.table(done.rows))
+    out.print(report.summary(done.rows), highlight=False)
+    out.print(f"wrote {folder / 'report.html'} and {folder / 'results.jsonl'}", highlight=False)
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; or give --file.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Read the prompt from a text file ('-' is standard input).")] = None,
+    method: str = "snapkv",
+    keep: str = "0.25",
+    when: Annotated[str | None, typer.Option(help="Compress at 'prefill', 'decode' or 'both'.")] = None,
+    every: Annotated[int | None, typer.Option(help="Decoding steps between two compressions.")] = None,
+    store: Annotated[str | None, typer.Option(help="How what is kept is held, such as kivi-4bit.")] = None,
+    fit: Fits = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    plain: Annotated[bool, typer.Option(help="Do not wrap the prompt in the model's chat template.")] = False,
+    model: ModelName = "default",
+    as_json: Json = False,
+) -> None:
+    """Answer a prompt from a compressed cache; the text goes to stdout, the report to stderr."""
+    import torch
+
+    from fewer.models import load
+
+    text = _prompt(prompt, file)
+    (chosen,), budget = fitted([method], fit), read_keep(keep)
+    loaded, tokenizer = load(model, say=err.print)
+    if not plain and tokenizer.chat_template is not None:
+        message = [{"role": "user", "content": text}]
+        text = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=plain)
+    with torch.inference_mode(), compress(loaded, chosen, budget, when=when, every=every, store=store) as run:
+        run_model: Any = loaded.generate  # its type is lost behind the model class's attributes
+        tokens = run_model(**ids, max_new_tokens=max_new_tokens, do_sample=False)
+    answer = str(tokenizer.decode(tokens[0, ids.input_ids.shape[1] :], skip_special_tokens=True))
+    if as_json:
+        print_json({"text": answer, "report": run.report.to_dict()})
+        return
+    print(answer)  # noqa: T201
+    err.print(str(run.report), highlight=False, markup=False)
+
+
+def _prompt(prompt: str | None, file: Path | None) -> str:
+    if (prompt is None) == (file is None):
+        raise FewerError("give a prompt, or --file, and not both")
+    if prompt is None:
+        assert file is not None
+        prompt = read_text(file, "--file")
+    if not prompt.strip():
+        raise FewerError("the prompt is empty")
+    return prompt
+
+
+def fitted(names: list[str], files: list[Path] | None) -> list[Any]:
+    """The methods of these names, or all of them, each with its fit where one was given."""
+    given = {fit.method: fit for fit in map(fits.load, files or [])}
+    if names == ["all"]:
+        left = [name for name, known in of_family("kv").items() if fits.wants(known) and name not in given]
+        names = [name for name in of_family("kv") if name not in left]
+        if left:
+            err.print(f"left out, since they want a --fit: {', '.join(left)}", highlight=False)
+    if spare := sorted(given.keys() - set(names)):
+        raise FewerError(f"--fit was given for {', '.join(spare)}, which is not among the methods asked for")
+    made = [name if "+" in name else resolve(name) for name in names]  # compare() reads the others itself
+    return [
+        replace(method, fit=given[name]) if name in given else method  # type: ignore[type-var]
+        for name, method in zip(names, made, strict=True)
+    ]
+
+
+def _tasks(text: str) -> "list[Task]":
+    from difflib import get_close_matches
+
+    from fewer_eval.tasks import TASKS
+
+    names = list(TASKS) if text == "all" else listed(text)
+    for name in names:
+        if name not in TASKS:
+            near = " or ".join(get_close_matches(name, TASKS, n=3)) or "one of them"
+            raise UnknownName(f"--tasks {name!r}: did you mean {near}? Known are {', '.join(TASKS)}")
+    return [TASKS[name] for name in names]

@@ -1,0 +1,111 @@
+"""`fewer prompt` and `fewer restore`: texts shortened, and given back."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import regex
+import typer
+
+from fewer.cli.common import Json, err, print_json, read_text
+from fewer.prompts.compression import restore as restored
+from fewer.prompts.front import compress_prompt
+from fewer.prompts.html import html_of
+from fewer.prompts.protect import named, pattern
+from fewer.types import FewerError
+
+Separator = Annotated[
+    str | None, typer.Option("--documents", help="What stands between documents in a file; \\n is a line break.")
+]
+
+
+def prompt(
+    files: Annotated[list[Path], typer.Argument(help="A text file, or several, each a document; '-' is stdin.")],
+    method: Annotated[str, typer.Option(help="A name that `fewer methods --family prompt` lists.")] = "llmlingua2",
+    keep: Annotated[str | None, typer.Option(help="The share of tokens that may stay, in (0, 1].")] = None,
+    tokens: Annotated[int | None, typer.Option(help="How many tokens may stay.")] = None,
+    question: Annotated[str | None, typer.Option(help="What will be asked about the text.")] = None,
+    instruction: Annotated[str | None, typer.Option(help="What the reader is told to do.")] = None,
+    protect: Annotated[list[str] | None, typer.Option(help="A text that must stay; may be repeated.")] = None,
+    protect_regex: Annotated[list[str] | None, typer.Option(help="What matches this must stay; repeatable.")] = None,
+    protect_class: Annotated[
+        list[str] | None, typer.Option(help="numbers, negations, identifiers, paths, urls, quotes, code or keys.")
+    ] = None,
+    tokenizer: Annotated[str, typer.Option(help="What counts tokens: a name, a folder, a hub name.")] = "default",
+    separator: Separator = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page that shows what stayed.")] = None,
+    patch: Annotated[Path | None, typer.Option(help="Write what `fewer restore` needs.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Shorten a text to a budget; the text goes to stdout as it is, the report to stderr."""
+    if sum(str(file) == "-" for file in files) > 1:
+        raise FewerError("standard input can be read once only: give '-' once")
+    texts = [_read(file, "FILE") for file in files]
+    parts = texts if separator is None else [part for text in texts for part in text.split(_typed(separator))]
+    rules = [*(protect or ()), *map(_pattern, protect_regex or ()), *map(named, protect_class or ())]
+    done = compress_prompt(
+        parts[0] if len(parts) == 1 else parts, method, keep=keep, tokens=tokens, question=question,
+        instruction=instruction, protect=rules, tokenizer=tokenizer,
+    )  # fmt: skip
+    if html is not None:
+        _write(html, html_of(done), "--html")
+    if patch is not None:
+        _write(patch, done.patch(), "--patch")
+    if as_json:
+        print_json(done.to_dict())
+        return
+    _put(done.text)
+    err.print(str(done), highlight=False, markup=False)
+
+
+def restore(
+    file: Annotated[Path, typer.Argument(help="The shortened text, as it came out; '-' is stdin.")],
+    patch: Annotated[Path, typer.Option(help="What `fewer prompt --patch` wrote.")],
+    separator: Separator = None,
+) -> None:
+    """Give back the text that `fewer prompt` shortened, byte for byte, to stdout."""
+    if str(file) == str(patch) == "-":
+        raise FewerError("standard input can be read once only: give '-' once")
+    source = restored(_read(file, "FILE", empty=True), _read(patch, "--patch"))
+    if isinstance(source, str):
+        _put(source)
+    elif separator is None:
+        raise FewerError(f"the patch holds {len(source)} documents: say by --documents what to put between them")
+    else:
+        _put(_typed(separator).join(source))
+
+
+def _read(file: Path, option: str, empty: bool = False) -> str:
+    """The text of a file. UTF-8 text may hold zero bytes, but no text that anyone wrote does."""
+    text = read_text(file, option)
+    if (zero := text.find("\0")) >= 0:
+        raise FewerError(f"{option} {file} is not text: there is a zero byte in it (character {zero})")
+    if not text.strip() and not empty:
+        raise FewerError(f"{option} {file} is empty")
+    return text
+
+
+def _pattern(text: str) -> object:
+    try:
+        return pattern(regex.compile(text))
+    except regex.error as why:
+        raise FewerError(f"--protect-regex {text!r} cannot be read as a regular expression: {why}") from None
+
+
+def _typed(separator: str) -> str:
+    if not separator:
+        raise FewerError("--documents '' parts nothing; give what stands between documents, such as '\\n---\\n'")
+    return separator.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def _write(file: Path, text: str, option: str) -> None:
+    try:
+        file.write_bytes(text.encode())
+    except OSError as why:
+        raise FewerError(f"{option} {file}: {why.strerror}") from None
+
+
+def _put(text: str) -> None:
+    """Text to stdout, byte for byte: print would end it with a line break, and some systems change those within."""
+    sys.stdout.buffer.write(text.encode())
+    sys.stdout.buffer.flush()

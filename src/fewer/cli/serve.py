@@ -1,0 +1,84 @@
+"""`fewer serve`: the server."""
+
+import socket
+from typing import Annotated
+
+import typer
+
+from fewer.cli.common import err
+from fewer.types import FewerError
+
+
+def serve(
+    host: Annotated[str, typer.Option(help="The address to listen on; others than this one open it to a network.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(help="The port; 0 for any that is free.", min=0, max=65535)] = 8020,
+    upstream: Annotated[
+        str | None, typer.Option(help="Forward /v1/chat/completions to this base URL, such as http://127.0.0.1:8000/v1")
+    ] = None,
+    method: Annotated[str, typer.Option(help="Shorten chats by this, and texts that name no method.")] = "llmlingua2",
+    keep: Annotated[float, typer.Option(help="The share of tokens that may stay in chats.")] = 0.5,
+    frozen: Annotated[int, typer.Option(help="Leading messages of chats that stay as they are.", min=0)] = 0,
+    protect: Annotated[
+        list[str] | None, typer.Option(help="A class of things that stay in chats, such as numbers.")
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="What counts tokens; default the default model's.")] = None,
+    limit_mb: Annotated[float, typer.Option(help="The largest body, in MB.")] = 5.0,
+    timeout: Annotated[float, typer.Option(help="Seconds that compressing may take, waiting included.")] = 60.0,
+    upstream_timeout: Annotated[float, typer.Option(help="Seconds that the upstream may be silent.")] = 300.0,
+    workers: Annotated[int, typer.Option(help="Texts that methods without a model shorten at once.")] = 4,
+    queue: Annotated[int, typer.Option(help="Calls that may wait or run; more are told to come again.")] = 100,
+) -> None:
+    """Serve a page to try it, /v1/compress, /v1/restore, and chats that are forwarded shorter."""
+    try:
+        import uvicorn
+
+        from fewer.serve.app import create_app, warm
+    except ModuleNotFoundError as missing:
+        raise FewerError(f"fewer serve needs {missing.name}: pip install 'fewer[serve]'") from None
+    from fewer.serve.settings import Settings
+
+    settings = Settings(
+        host=host, upstream=upstream, method=method, keep=keep, frozen=frozen, protect=tuple(protect or ()),
+        tokenizer=tokenizer, limit_mb=limit_mb, timeout=timeout, upstream_timeout=upstream_timeout, workers=workers,
+        queue=queue,
+    )  # fmt: skip
+    listening = _listening(host, port)
+    with listening:
+        err.print(f"loading what {method} needs", highlight=False, markup=False)
+        warm(settings)
+        name = f"[{host}]" if ":" in host else host
+        address = f"http://{name}:{listening.getsockname()[1]}"
+        err.print(f"the page is at {address}/ and stops with Ctrl+C", highlight=False, markup=False)
+        if upstream is not None:
+            err.print(f"chats sent to {address}/v1 go to {settings.chats}", highlight=False, markup=False)
+        if not settings.local:
+            err.print(f"{host} can be reached from outside, and nobody is asked for a password", style="red")
+        quiet = {"version": 1, "disable_existing_loggers": False, **_LOG}
+        config = uvicorn.Config(
+            create_app(settings), log_config=quiet, access_log=False, server_header=False, ws="none"
+        )
+        uvicorn.Server(config).run(sockets=[listening])
+
+
+_LINE = {"class": "logging.StreamHandler", "formatter": "line"}
+_LOG = {
+    "formatters": {"line": {"format": "%(asctime)s %(message)s"}},
+    "handlers": {"line": _LINE},
+    "loggers": {
+        "fewer.serve": {"handlers": ["line"], "level": "INFO", "propagate": False},
+        "uvicorn": {"handlers": ["line"], "level": "WARNING", "propagate": False},
+        # these write whole addresses, and what is in them
+        "httpx2": {"level": "WARNING"},
+        "httpcore2": {"level": "WARNING"},
+    },
+}
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host.strip("[]"), port), family=family)
+    except OSError as why:
+        raise FewerError(f"--host {host} --port {port}: cannot listen there ({why.strerror or why})") from None

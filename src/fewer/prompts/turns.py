@@ -1,0 +1,123 @@
+"""Chats as providers take them, OpenAI's and Anthropic's: where text stands in a message, and what a chat counts."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from fewer.prompts.counting import Counter
+from fewer.types import FewerError
+
+OVERHEAD, ANSWER = 4, 3
+"""Tokens that each message, and the opening of the answer, take beside their text where no chat template says it:
+OpenAI's rule for its own models."""
+
+Path = tuple[str | int, ...]
+
+
+class Place(NamedTuple):
+    """Where a text stands in a chat: the message's index, and the keys that lead to it in the message."""
+
+    message: int
+    path: Path
+
+
+def read_turns(messages: Any, call: str) -> list[Mapping[str, Any]]:
+    """The messages as mappings; objects that can say themselves as one, as OpenAI's answers do, may be among them."""
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
+        raise FewerError(
+            f"{call}(): messages is {type(messages).__name__}; give a list of messages with role and content"
+        )
+    turns: list[Mapping[str, Any]] = []
+    for index, message in enumerate(messages):
+        said = message.model_dump() if hasattr(message, "model_dump") else message
+        if not isinstance(said, Mapping) or not isinstance(said.get("role"), str):
+            raise FewerError(f"{call}(): message {index} is no mapping with a role: {str(message)[:80]!r}")
+        if not isinstance(said.get("content"), (str, list, type(None))):
+            raise FewerError(
+                f"{call}(): the content of message {index} is {type(said['content']).__name__}; it may be text, a list "
+                f"of parts, or None"
+            )
+        turns.append(said)
+    return turns
+
+
+def texts_of(turn: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
+    """The texts in a message's content, its tool results among them; images, tool calls and all else are not text."""
+    yield from _texts(turn.get("content"), ("content",))
+
+
+def _texts(content: Any, path: Path) -> Iterator[tuple[Path, str]]:
+    if isinstance(content, str):
+        yield path, content
+    for index, part in enumerate(content if isinstance(content, list) else ()):
+        if not isinstance(part, Mapping):
+            continue
+        if part.get("type") in ("text", "input_text") and isinstance(part.get("text"), str):
+            yield (*path, index, "text"), part["text"]
+        elif part.get("type") == "tool_result":
+            yield from _texts(part.get("content"), (*path, index, "content"))
+
+
+def at(message: Any, path: Path) -> Any:
+    """What stands at a place in a message, None where there is no such place."""
+    for key in path:
+        try:
+            message = message[key]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return message
+
+
+def put(message: Any, path: Path, text: str) -> Any:
+    """The message with another text at a place: copied along the way there, and the same object everywhere else."""
+    if not path:
+        return text
+    new = copy(message)
+    new[path[0]] = put(message[path[0]], path[1:], text)
+    return new
+
+
+@dataclass(frozen=True)
+class ChatCounter:
+    """Counts chats in a tokenizer: in its chat template, or with `OVERHEAD` for each message where `note` says why.
+
+    Text, tool calls (as JSON) and names are counted; images and other data are not.
+    """
+
+    counter: Counter
+    note: str = ""
+
+    @classmethod
+    def of(cls, counter: Counter, turns: Sequence[Mapping[str, Any]]) -> "ChatCounter":
+        """The counter that works for this chat: templates refuse roles that they do not know."""
+        stated = (
+            f"{OVERHEAD} tokens are counted for each message beside its text, and {ANSWER} for the answer's opening"
+        )
+        if counter.chat is None:
+            return cls(counter, f"{counter.name} has no chat template: {stated}")
+        try:
+            counter.chat([_plain(turn) for turn in turns], True)
+        except Exception as why:  # noqa: BLE001  # templates are programs of their own, and raise what they like
+            return cls(counter, f"the chat template of {counter.name} cannot be used ({why}): {stated}")
+        return cls(counter)
+
+    def count(self, turns: Sequence[Mapping[str, Any]], answer: bool = True) -> int:
+        """Tokens of a chat, by default with the opening of the answer."""
+        plain = [_plain(turn) for turn in turns]
+        if not self.note:
+            assert self.counter.chat is not None
+            return self.counter.chat(plain, answer)
+        return sum(self.counter.count(turn["content"]) + OVERHEAD for turn in plain) + ANSWER * answer
+
+
+def _plain(turn: Mapping[str, Any]) -> dict[str, str]:
+    """A message as role and text, which every template reads."""
+    said = [text for _, text in texts_of(turn)]
+    content = turn.get("content")
+    calls = [part for part in content or () if isinstance(part, Mapping) and part.get("type") == "tool_use"]
+    for call in [*(turn.get("tool_calls") or ()), turn.get("function_call"), *calls]:
+        said += [json.dumps(call, default=str)] if call else []
+    said += [turn["name"]] if isinstance(turn.get("name"), str) else []
+    return {"role": turn["role"], "content": "\n".join(said)}
