@@ -29,6 +29,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoModelForTokenClassification, AutoTokenizer, BertConfig, BertForTokenClassification
+from transformers import (
+    BertConfig,
+    BertForTokenClassification,
+    PreTrainedTokenizerFast,
+    XLMRobertaConfig,
+    XLMRobertaForTokenClassification,
+)
 
 import fewer
 from fewer.methods.prompt.llmlingua2 import LLMLingua2
@@ -65,11 +72,11 @@ TABLE = hashlib.sha1(b"https://openaipublic.blob.core.windows.net/encodings/cl10
 class Peer:
     """The other side, waiting for requests."""
 
-    def __init__(self, python: str, folder: Path, cache: Path) -> None:
+    def __init__(self, python: str, folder: Path) -> None:
         self.process = subprocess.Popen(
             [python, str(Path(__file__).parent / "prompt_peer.py")],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-            env=os.environ | {"TIKTOKEN_CACHE_DIR": str(cache), "HF_HUB_OFFLINE": "1"},
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
         )  # fmt: skip
         self.versions = self.ask(load=str(folder), threads=torch.get_num_threads())
 
@@ -91,39 +98,53 @@ class Peer:
 # --- the same words as the package's ---
 
 
-def tiny(folder: Path) -> Keeper:
-    """A small random classifier with a WordPiece tokenizer trained here, in a folder that both sides can load."""
-    folder = folder / f"tiny-{NAME}"
-    inner = Tokenizer(models.WordPiece(unk_token="[UNK]"))  # noqa: S106
-    inner.normalizer = normalizers.BertNormalizer(lowercase=False)
-    inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    inner.decoder = decoders.WordPiece()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    inner.train_from_iterator([text.prose()[:60_000]], trainers.WordPieceTrainer(vocab_size=1200, special_tokens=special))
-    inner.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+KINDS = {NAME: BertForTokenClassification, "xlm-roberta-large": XLMRobertaForTokenClassification}
+
+
+def tiny(folder: Path, kind: str) -> Keeper:
+    """A small random classifier with a tokenizer trained here, in a folder that both sides can load."""
+    prose, sizes = [text.prose()[:60_000]], {
+        "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "num_labels": 2,
+    }  # fmt: skip
+    if kind == NAME:
+        inner = Tokenizer(models.WordPiece(unk_token="[UNK]"))  # noqa: S106
+        inner.normalizer = normalizers.BertNormalizer(lowercase=False)
+        inner.pre_tokenizer, inner.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+        names = {name: f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+        inner.train_from_iterator(
+            prose, trainers.WordPieceTrainer(vocab_size=1200, special_tokens=list(names.values()))
+        )
+        inner.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+        config: Any = BertConfig(vocab_size=inner.get_vocab_size(), **sizes)
+    else:
+        names = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>", "mask": "<mask>"}
+        inner = Tokenizer(models.Unigram())
+        inner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+        inner.decoder = decoders.Metaspace()
+        learned = trainers.UnigramTrainer(vocab_size=1200, special_tokens=list(names.values()), unk_token="<unk>")  # noqa: S106
+        inner.train_from_iterator(prose, learned)
+        inner.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+        names |= {"cls": "<s>", "sep": "</s>"}
+        config = XLMRobertaConfig(vocab_size=inner.get_vocab_size(), max_position_embeddings=514, **sizes)
     torch.manual_seed(0)
-    model = BertForTokenClassification(BertConfig(
-        vocab_size=inner.get_vocab_size(), hidden_size=48, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=64, num_labels=2,
-    )).eval()  # fmt: skip
+    model = KINDS[kind](config).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim == 2:
                 weight.mul_(12 if "word" in name else 4)
+    return saved(folder / f"tiny-{kind}", model, inner, names, lower=False)
+
+
+def saved(folder: Path, model: Any, inner: Any, names: dict[str, str], lower: bool) -> Keeper:
+    """Written as files that transformers of today and of two years ago read alike; and as it is."""
     model.save_pretrained(folder)
-    save_tokenizer(inner, folder, lower=False)
-    return Keeper(model, AutoTokenizer.from_pretrained(folder))
-
-
-def save_tokenizer(inner: Any, folder: Path, lower: bool) -> None:
-    """As files that transformers of today and of two years ago read alike."""
     inner.save(str(folder / "tokenizer.json"))
-    names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
-    said = {"tokenizer_class": "BertTokenizerFast", "do_lower_case": lower, "model_max_length": 512, **names}
+    marks = {f"{name}_token": mark for name, mark in names.items()}
+    known = "BertTokenizerFast" if "[CLS]" in names.values() else "XLMRobertaTokenizerFast"
+    said = {"tokenizer_class": known, "do_lower_case": lower, "model_max_length": 512, **marks}
     (folder / "tokenizer_config.json").write_text(json.dumps(said))
-    (folder / "special_tokens_map.json").write_text(json.dumps(names))
-    vocab = sorted(inner.get_vocab().items(), key=lambda item: item[1])
-    (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece, _ in vocab), encoding="utf-8")
+    (folder / "special_tokens_map.json").write_text(json.dumps(marks))
+    return Keeper(model, PreTrainedTokenizerFast(tokenizer_object=inner, **marks))
 
 
 def drawn(rng: random.Random, words: list[str]) -> str:
@@ -186,3 +207,204 @@ def parity(peer: Peer, mine: Keeper, count: int, seed: int = 0) -> dict[str, Any
         "calls_with_every_label_the_same": labels / max(count - failed, 1),
         "calls_with_the_same_text": texts / max(count - failed, 1), "calls_with_other_words": splits,
     }  # fmt: skip
+
+
+# --- our own results, checked ---
+
+
+def correct(plain: Keeper, eight: Keeper, source: str) -> dict[str, float]:
+    """Whether what is to be timed is right: each chunk alone gives what it gives in the text; and which share of the
+    words that stay in float32 stay in 8 bits."""
+    ids, offsets = plain.tokens(source)
+    (_, p), edges = plain([source])[0], cuts(source, offsets, plain.room)
+    tokenizer = plain.tokenizer
+    for start, end in list(pairwise(edges))[:8]:
+        row = torch.tensor([[tokenizer.cls_token_id, *ids[start:end].tolist(), tokenizer.sep_token_id]])
+        with torch.inference_mode():
+            alone = plain.model(input_ids=row).logits[0].softmax(-1)[1:-1, 1].numpy()
+        if (off := float(np.abs(alone - p[start:end]).max())) > 1e-4:
+            raise SystemExit(f"a chunk alone is {off:.1e} off what it is in the text: nothing is timed")
+    same = {}
+    for keep in (0.2, 0.33, 0.5, 0.7):
+        ours, theirs = (np.array([unit.kept for unit in compressed(one, source, keep).units]) for one in (plain, eight))
+        same[str(keep)] = float((ours & theirs).sum() / ours.sum())
+    print("words kept in float32 that 8 bits keep:", {keep: f"{share:.2%}" for keep, share in same.items()})
+    if min(same.values()) < 0.98:
+        print("that is fewer than 98 %")
+    return same
+
+
+def compressed(one: Keeper, source: str, keep: float = RATE) -> fewer.Compression:
+    return fewer.compress_prompt(source, LLMLingua2(model=one), keep=keep, tokenizer="cl100k_base")
+
+
+def english(tokens: int) -> str:
+    """Prose of so many of the classifier's tokens; it begins again after 43,000 of them."""
+    whole = text.prose() + "\n\n"
+    _, offsets = keeper().tokens(whole)
+    times, rest = divmod(tokens, len(offsets))
+    return whole * times + whole[: offsets[rest - 1, 1] if rest else 0]
+
+
+# --- time ---
+
+
+@contextmanager
+def forwards(one: Keeper) -> Iterator[list[float]]:
+    """The seconds of each forward of a keeper's model."""
+    own, seconds = one.model.forward, []
+
+    def forward(*args: Any, **options: Any) -> Any:
+        start = time.perf_counter()
+        out = own(*args, **options)
+        seconds.append(time.perf_counter() - start)
+        return out
+
+    one.model.forward = forward
+    try:
+        yield seconds
+    finally:
+        del one.model.forward
+
+
+def timed(one: Keeper, source: str) -> dict[str, float]:
+    with forwards(one) as seconds:
+        start = time.perf_counter()
+        compressed(one, source)
+        return {"s": time.perf_counter() - start, "forward_s": sum(seconds)}
+
+
+def middle(runs: list[dict[str, float]], tokens: int) -> dict[str, float]:
+    """Medians of several runs."""
+    found = {key: statistics.median(run[key] for run in runs) for key in ("s", "forward_s")}
+    own = statistics.median((run["s"] - run["forward_s"]) / run["forward_s"] for run in runs)
+    return {"tokens_per_s": tokens / found["s"], **found, "own_over_forward": own}
+
+
+def peak() -> int:
+    """The most memory that this process has had since `fresh_peak`, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def memory(tokens: int, bits: int | None) -> dict[str, int]:
+    """The peak of one call in a process of its own, and what it had before."""
+    command = [sys.executable, __file__, "--rss", str(tokens), "--bits", str(bits or 32)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def rss(tokens: int, bits: int) -> None:
+    one, source = keeper(bits=None if bits == 32 else bits), english(tokens)
+    compressed(one, source[:20_000])
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = peak()
+    compressed(one, source)
+    print(json.dumps({"before": before, "peak": peak()}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", help="the python of an environment with llmlingua 0.2.2")
+    parser.add_argument("--tokens", default="1000,10000,50000,100000")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--parity", type=int, help="only compare kept words, over so many calls a kind of tokenizer")
+    parser.add_argument("--json", type=Path, default=Path("results/prompt-speed.json"))
+    parser.add_argument("--rss", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--bits", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        shutil.copy(fetch(PARITOK, print) / next(iter(PARITOK.members)), folder / TABLE.hexdigest())
+        os.environ["TIKTOKEN_CACHE_DIR"] = made
+        if options.rss:
+            rss(options.rss, options.bits)
+            return
+        if options.peer is None:
+            parser.error("--peer is needed")
+        record = {"date": date.today().isoformat(), "threads": torch.get_num_threads(),
+                  "hardware": environment.hardware(), "versions": environment.versions()}  # fmt: skip
+        same = {}
+        for kind in KINDS:
+            mine = tiny(folder, kind)
+            peer = Peer(options.peer, folder / f"tiny-{kind}")
+            same[kind] = parity(peer, mine, options.parity or 100)
+            peer.close()
+            print(f"compat=True beside the package, {kind}: {same[kind]}")
+            if min(same[kind]["labels_the_same"], same[kind]["calls_with_every_label_the_same"]) < 0.99:
+                raise SystemExit("compat=True does not keep the package's words: nothing is timed")
+        if options.parity:
+            options.json = Path("results/prompt-parity.json")
+            finish(options, {"benchmark": "prompt, parity", **record, "kinds": same, "peer_versions": peer.versions})
+            return
+        measure(options, folder, {"benchmark": "prompt", **record, "parity": same})
+
+
+def measure(options: argparse.Namespace, folder: Path, record: dict[str, Any]) -> None:
+    """Everything that takes time, in turns."""
+    plain, eight = keeper(), keeper(bits=8)
+    names = {name: getattr(plain.tokenizer, f"{name}_token") for name in ("pad", "unk", "cls", "sep", "mask")}
+    whole = folder / f"minilm-{NAME}"
+    saved(whole, plain.model, plain.tokenizer.backend_tokenizer, names, lower=True)
+    peer = Peer(options.peer, whole)
+    words = correct(plain, eight, english(10_000))
+    sides: dict[str, Any] = {
+        "fewer": lambda source: timed(plain, source),
+        "fewer, 8 bits": lambda source: timed(eight, source),
+        "llmlingua 0.2.2": lambda source: peer.ask(time=source, rate=RATE),
+    }
+    results = {}
+    for tokens in map(int, options.tokens.split(",")):
+        source = english(tokens)
+        for run in sides.values():
+            run(source[:4000])
+        runs: dict[str, list[Any]] = {name: [] for name in sides}
+        for _ in range(options.rounds):
+            for name, run in sides.items():
+                runs[name].append(run(source))
+        found = {name: middle(taken, tokens) for name, taken in runs.items()}
+        base = [run["s"] for run in runs["llmlingua 0.2.2"]]
+        for name in found:
+            found[name]["speedup"] = statistics.median(
+                theirs / run["s"] for theirs, run in zip(base, runs[name], strict=True)
+            )
+        results[str(tokens)] = found
+        show(tokens, found)
+    peaks = {
+        name: {str(tokens): memory(tokens, bits) for tokens in (10_000, 100_000)}
+        for name, bits in (("fewer", None), ("fewer, 8 bits", 8))
+    }
+    for name, found in peaks.items():
+        said = ", ".join(f"{int(tokens):,} tokens {one['peak'] / 2**20:.0f} MiB" for tokens, one in found.items())
+        print(f"peak memory of the process, {name}: {said}")
+    finish(options, {
+        **record, "keep": RATE, "rounds": options.rounds, "peer_versions": peer.versions,
+        "model": "MiniLM-L6 (6 layers, 384 wide) with the head that comes with fewer, float32",
+        "words_kept_in_8_bits": words, "results": results, "peak_bytes": peaks,
+    })  # fmt: skip
+    peer.close()
+
+
+def show(tokens: int, found: dict[str, dict[str, float]]) -> None:
+    table = Table("", "tokens/s", "seconds", "of that forwards", "the rest / forwards", "over the package",
+                  title=f"{tokens:,} tokens")  # fmt: skip
+    for name, row in found.items():
+        table.add_row(
+            name, f"{row['tokens_per_s']:,.0f}", f"{row['s']:.3f}", f"{row['forward_s']:.3f}",
+            f"{row['own_over_forward']:.3f}", f"{row['speedup']:.2f}",
+        )  # fmt: skip
+    Console(width=110).print(table)
+
+
+def finish(options: argparse.Namespace, record: dict[str, Any]) -> None:
+    """One line of JSON, and the file."""
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()

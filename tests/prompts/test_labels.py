@@ -117,12 +117,12 @@ def reader() -> Reader:
     return Reader(tiny("llama", vocab_size=257, eos_token_id=256), fast)
 
 
-TEXT = "A small dog ran home. It ran fast, and it did not stop!\n\nThe dog is 12 years old."
+TEXT = "A small dog ran home. It ran fast, and it did soon stop!\n\nThe dog is 12 years old."
 
 
 def test_sentences_read_apart_are_those_read_one_by_one(reader: Reader) -> None:
     offsets, values = apart(reader, TEXT)
-    sentences = ["A small dog ran home.", " It ran fast, and it did not stop!", "\n\nThe dog is 12 years old."]
+    sentences = ["A small dog ran home.", " It ran fast, and it did soon stop!", "\n\nThe dog is 12 years old."]
     assert "".join(sentences) == TEXT
     at, ids = 0, reader.tokens(TEXT)[0]
     for number, sentence in enumerate(sentences):
@@ -150,6 +150,13 @@ def test_worth_is_what_the_formula_says(reader: Reader) -> None:
         assert worth == pytest.approx(without + 2 * max(without - with_document, 0))
 
 
+def test_a_negation_is_labelled_to_stay_whatever_it_is_worth(reader: Reader) -> None:
+    text = "It did not stop, don't Never knot."
+    labels = Contrastive(reader).labels(text, np.linspace(9.0, 0.0, len(words(text))))
+    kept = [text[span.start : span.end] for span, label in zip(words(text), labels, strict=True) if label == 1]
+    assert kept == ["not", "don't", "Never"]
+
+
 def test_labels_are_above_a_half_for_the_share_that_stays(reader: Reader) -> None:
     soft, hard = Contrastive(reader)(TEXT), Contrastive(reader, soft=0.0)(TEXT)
     assert soft.shape == hard.shape == (len(words(TEXT)),)
@@ -161,7 +168,7 @@ def test_labels_are_above_a_half_for_the_share_that_stays(reader: Reader) -> Non
 
 
 def test_words_that_are_worth_thousands_of_nats_have_labels(reader: Reader) -> None:
-    labels = Contrastive(reader).softened(np.array([1.0, 5000.0, 9000.0, 9000.0]))
+    labels = Contrastive(reader).labels("a b c d", np.array([1.0, 5000.0, 9000.0, 9000.0]))
     assert labels[0] < 1e-9 and labels[3] > 1 - 1e-9
 
 

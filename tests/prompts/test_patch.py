@@ -151,6 +151,18 @@ def test_written_units_are_told_apart() -> None:
     assert fewer.restore(kept.text, kept.patch()) == text
 
 
+def test_a_document_written_away_leaves_no_blank_lines() -> None:
+    class Empties:
+        def rank(self, source: Source, budget: Budget | None) -> Ranking:
+            every = np.ones(3, dtype=bool)
+            return Ranking(source.whole, np.zeros(3), chosen=every, written={0: "", 1: "new"})
+
+    done = fewer.compress_prompt(["gone", "old", "stays"], Empties(), tokenizer="characters")
+    assert done.text == "new\n\nstays" and done.verify(["gone", "old", "stays"])
+    assert fewer.restore(done.text, done.patch()) == ["gone", "old", "stays"]
+    assert [tuple(found.source) for found in done.locate("stays")] == [(2, 0, 5)]
+
+
 def test_documents_change_places_and_come_back() -> None:
     class Backwards:
         def rank(self, source: Source, budget: Budget | None) -> Ranking:

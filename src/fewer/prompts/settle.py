@@ -89,8 +89,15 @@ def settle(source: Source, ranking: Ranking, limit: int | None, glue: str) -> Ke
             f"allow at least {best[2]}, or protect less"
         )
     low, high = int(np.searchsorted(cuts, forced.sum())), len(cuts)  # what is before cut `low` fits; before `high` not
-    weights = np.concatenate([[0.0], np.cumsum(_weights(source, ranking)[order])])[cuts]
+    each = _weights(source, ranking)
+    weights = np.concatenate([[0.0], np.cumsum(each[order])])[cuts]
     at, slope = (weights[low], best[2]), 1.0  # what was tried last, and what the weights say for each token counted
+    if limit > SHORT:  # what is scattered is counted otherwise: an eighth of the text tells how
+        some = np.zeros(len(rules), dtype=bool)
+        some[order[: cuts[np.searchsorted(weights, limit, side="right") - 1]]] = True
+        some[: len(some) * 7 // 16] = some[len(some) * 9 // 16 :] = False
+        counted = source.counter.count(_text(source.documents, _laid(source, ranking, some), ranking, glue))
+        slope = float(np.clip(each[some].sum() / max(counted, 1), 0.25, 4.0)) if counted else 1.0
     for turn in range(64):
         if high - low <= 1 or limit - best[2] <= NEAR * limit:
             break

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from fewer.prompts.counting import Counter
 from fewer.prompts.shape import Shape
-from fewer.types import Budget, FewerError
+from fewer.types import Budget
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -177,8 +177,8 @@ class Source:
         return self.documents[document][start:end]
 
     def spread(self, units: Units, offsets: Sequence[Any], values: Sequence[Any], how: str = "mean") -> Floats:
-        """A value for each unit from the tokens that touch it: their `mean`, `sum` or `max`, or the `first`'s; 0 where none
-        does.
+        """A value for each unit from the tokens that touch it: their `mean`, `sum` or `max`, or the `first`'s; 0 where
+        none does.
 
         Args:
             offsets: for each document, where its tokens are, `(n, 2)`.

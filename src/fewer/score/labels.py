@@ -10,6 +10,7 @@ are lemmas without commas, which the classifier never meets again), and each lab
 end of a sample is padded before its last label, which moves it).
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,6 +24,12 @@ from fewer.types import FewerError
 
 Labeller = Callable[[str], Any]
 """From a text to a number in [0, 1], or a bool, for each of `words(text)`."""
+
+
+NEGATIONS = re.compile(
+    r"not|no|never|none|nobody|nothing|nowhere|neither|nor|cannot|without|unless|except|\w+n['’]t", re.IGNORECASE
+)
+"""Words that turn round what a sentence says."""
 
 
 def words(text: str) -> Units:
@@ -132,6 +139,9 @@ class Contrastive:
     The contrast `alone - read` is what the document has to do with the word: words that it leans on (its people, its
     things) are those that facts are found by, so they count more, though a reader of all of it might guess them.
 
+    Surprise says what a reader could not guess, not what turns a sentence round: a negation is often guessed from its
+    sentence, and without it the opposite is said. So negations (`NEGATIONS`) are labelled 1, whatever their worth.
+
     A word's label says how surely it is among the best `keep` of the words of the document, by its distance to that
     border in nats: 1 / (1 + exp(-(worth - border) / soft)); `soft=0` gives 0 and 1.
 
@@ -148,7 +158,7 @@ class Contrastive:
     soft: float = 1.0
 
     def __call__(self, text: str) -> Floats:
-        return self.softened(self.worth(text))
+        return self.labels(text, self.worth(text))
 
     def worth(self, text: str) -> Floats:
         """What each of the words is worth, in nats."""
@@ -158,14 +168,17 @@ class Contrastive:
         summed = [source.spread(units, [offsets], [values], "sum") for values in (alone, read)]
         return summed[0] + self.tie * np.maximum(summed[0] - summed[1], 0.0)
 
-    def softened(self, worth: Floats) -> Floats:
-        """Labels from what the words of a document are worth."""
+    def labels(self, text: str, worth: Floats) -> Floats:
+        """Labels of a text's words from what they are worth."""
         if not len(worth):
             return worth
         above = worth - np.quantile(worth, 1 - self.keep)
         if self.soft == 0:
-            return (above > 0).astype(float)
-        return 1 / (1 + np.exp(-np.clip(above / self.soft, -50, 50)))  # one "word" may be a page of base64
+            labels = (above > 0).astype(float)
+        else:
+            labels = 1 / (1 + np.exp(-np.clip(above / self.soft, -50, 50)))  # one "word" may be a page of base64
+        labels[[NEGATIONS.fullmatch(word) is not None for word in _said(text)]] = 1.0
+        return labels
 
 
 def apart(reader: Reader, text: str) -> tuple[Ints, Floats]:

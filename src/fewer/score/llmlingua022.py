@@ -6,8 +6,9 @@
     -> in each chunk by itself: each p as often as its word has cl100k tokens, numpy's percentile
        int(100 (1 - rate) + 1) of that; who is above it stays
 
-With several documents, those of low mean p are left out whole first; there a word's p is its first piece's. Where a piece comes back from the round trip as
-another one, or not at all, its place in the text is found by aligning the two rows of pieces.
+With several documents, those of low mean p are left out whole first; there a word's p is always its first piece's.
+Where a piece comes back from the round trip as another one, or not at all, its place in the text is found by aligning
+the two rows of pieces.
 The embeddings of [NEW..] are the mean of all others, as transformers 4.48 makes them but for noise of 1e-9 of their
 covariance: what the package does with such strings hangs on the version of transformers. A text that says [PAD] is
 read with it, where the package masks it. At a rate of 1 the package splits words in another way; here it is the same.
@@ -193,9 +194,10 @@ class _Package:
         rows = []
         for chunk in chunks:
             pieces, _, ids = self.pieces(chunk.text)
-            chunk.read = pieces[: LONGEST - 1]
+            pieces = pieces[: LONGEST - 1]
+            chunk.read = [self.inner.id_to_token(i) for i in ids[: LONGEST - 1]]  # what is unknown says so
             rows.append(np.array([first, *ids, last][:LONGEST]))
-            pure = [[piece.lstrip(self.marks) for piece in part] for part in (chunk.pieces, chunk.read)]
+            pure = [[piece.lstrip(self.marks) for piece in part] for part in (chunk.pieces, pieces)]
             chunk.places = np.full((len(chunk.read), 2), -1)
             matcher = SequenceMatcher(None, pure[0], pure[1], autojunk=False)
             same = pure[0] == pure[1]

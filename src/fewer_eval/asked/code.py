@@ -44,4 +44,4 @@ def code(rng: random.Random, place: float) -> Asked:
     return Asked((module,), question, name, (f"def {name}(",))
 
 
-CODE = Setting("code", "seven functions of the standard library, one of which is described", code)
+CODE = Setting("code", "seven functions of the standard library, one of which is described", code, False)

@@ -51,6 +51,9 @@ class Line:
         return asdict(self)
 
 
+ASK = "Read the text and answer the question after it in one short sentence, in the words of the text."
+
+
 class Answerer:
     """The default language model as the reader of what is left."""
 
@@ -59,7 +62,7 @@ class Answerer:
 
     @torch.inference_mode()
     def __call__(self, text: str, question: str) -> str:
-        message = [{"role": "user", "content": f"{text}\n\n{question}"}]
+        message = [{"role": "user", "content": f"{ASK}\n\n{text}\n\nQuestion: {question}"}]
         prompt = str(self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
         ids = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
         said = self.model.generate(**ids, max_new_tokens=self.longest, do_sample=False)

@@ -9,11 +9,11 @@ Query and context are read once for all sentences, whose short endings are then 
 remembers of that: the numbers are those of a whole pass for each sentence, at about the cost of reading the text twice.
 
 Differs from the paper: the default model is SmolLM2-135M-Instruct as it is, where theirs is Gemma-2B fine-tuned for
-this on HotpotQA: untuned, it ranks sentences no better than chance (area under the curve 0.47 on 32 passages of
-`fewer_eval.cited`), so give a tuned model of your own. The model's own chat template takes the place
-of Gemma's. Sentences are found by sentencex, not spaCy. A context longer than the model's window is split into runs of
-sentences, where the authors cut it off at 4,096 tokens; of a sentence beyond a quarter of the window, the beginning is
-read. Query, context and sentences are tokenised apart, and what looks like a special token in them is plain text.
+this on HotpotQA. Untuned, it ranks sentences no better than chance (area under the curve 0.47 on 32 passages of
+`fewer_eval.cited`), so give a tuned model of your own. The model's own chat template takes the place of Gemma's.
+Sentences are found by sentencex, not spaCy. A context longer than the model's window is split into runs of sentences,
+where the authors cut it off at 4,096 tokens; of a sentence beyond a quarter of the window, the beginning is read.
+Query, context and sentences are tokenised apart, and what looks like a special token in them is plain text.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from fewer.prompts.source import Ranking, Source
 from fewer.score.passages import passages, question_of, together
 from fewer.score.surprise import reader
 from fewer.score.yes_no import plain, turn, yes
-from fewer.types import Budget, BudgetError, Card
+from fewer.types import Budget, BudgetError, Card, UnknownName
 
 ASKED = 'Is this sentence useful in answering the query? Answer only "Yes" or "No".'
 
@@ -58,7 +58,7 @@ class EXIT:
         if not 0 <= self.threshold <= 1:
             raise BudgetError(f"EXIT(threshold={self.threshold!r}): a probability is in [0, 1]")
         if self.context not in ("document", "all"):
-            raise BudgetError(f"EXIT(context={self.context!r}): known are 'document' and 'all'")
+            raise UnknownName(f"EXIT(context={self.context!r}): known are 'document' and 'all'")
 
     def rank(self, source: Source, budget: Budget | None) -> Ranking:
         query, units, read = question_of(source, "exit"), source.sentences, reader(self.model)

@@ -28,7 +28,7 @@ from fewer.score.embed import embedder
 from fewer.score.joint import Cited, keep_probabilities
 from fewer.score.passages import passages, question_of
 from fewer.score.yes_no import plain, plain_offsets
-from fewer.types import Budget, BudgetError, Card
+from fewer.types import Budget, BudgetError, Card, UnknownName
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ class Provence:
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1:
             raise BudgetError(f"Provence(threshold={self.threshold!r}): a probability is in [0, 1]")
+        if self.rule not in ("mean", "majority"):
+            raise UnknownName(f"Provence(rule={self.rule!r}): known are 'mean' and 'majority'")
 
     @classmethod
     def load(cls, path: str | Path, **settings: Any) -> "Provence":
