@@ -137,10 +137,7 @@ def main() -> None:
     losses: dict[str, Any] = {}
     for name, recipe in RECIPES.items():
         start = perf_counter()
-        made = train(
-            [(t, np.round(v) if "0 and 1" in name else v) for t, v in zip(texts, labels[HELD:], strict=True)],
-            recipe=recipe,
-        )
+        made = train(list(zip(texts, labels[HELD:], strict=True)), recipe=recipe)
         notes = {**made.notes, "labels": f"contrastive surprise: keep={labeller.keep}, tie={labeller.tie}, "
                  f"soft={labeller.soft}"}  # fmt: skip
         made = fits.Fit(made.method, made.model, made.tensors, notes)
