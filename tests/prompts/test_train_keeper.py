@@ -163,3 +163,6 @@ def test_the_head_that_ships_keeps_facts_that_random_loses() -> None:
             left = " ".join(about.text[s.start : s.end] for s, stay in zip(units, stays, strict=True) if stay)
             alive[name] += sum(answer in left for answer in about.answers)
     assert alive["head"] > alive["random"] + 4, alive
+    text = "The server is old, as you know, and it must never be restarted without a call."
+    said = {text[span.start : span.end]: p for span, p in zip(words(text), probabilities(head, text), strict=True)}
+    assert min(said["never"], said["without"]) > 0.5, said  # the threshold of a call without a budget

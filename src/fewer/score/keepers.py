@@ -8,7 +8,8 @@ text but for its tokens and their offsets.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.resources import files
@@ -102,31 +103,54 @@ class Keeper:
                 offsets.append(places.reshape(-1, 2) + start)
         return np.concatenate(ids), np.concatenate(offsets)
 
-    @torch.inference_mode()
     def of_rows(self, rows: Sequence[Ints]) -> list[Floats]:
         """The probability of label 1 at each id of each row. Rows of like length go together, so little is padded."""
-        device, pad = self.model.device, self.tokenizer.pad_token_id or 0
-        cells = CELLS if device.type == "cpu" else CELLS_GPU
+        cells = CELLS if self.model.device.type == "cpu" else CELLS_GPU
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
-        out: list[Any] = [None] * len(rows)
+        batches: list[list[int]] = []
         while order:
-            longest = len(rows[order[0]])
-            take = max(1, cells // max(longest, 1))
-            mine, order = order[:take], order[take:]
-            ids, mask = np.full((len(mine), longest), pad), np.zeros((len(mine), longest), dtype=np.int64)
-            for row, i in enumerate(mine):
-                ids[row, : len(rows[i])], mask[row, : len(rows[i])] = rows[i], 1
-            seen = {} if mask.all() else {"attention_mask": torch.from_numpy(mask).to(device)}
-            logits = self.model(input_ids=torch.from_numpy(ids).to(device), **seen).logits
-            p = logits.float().softmax(-1)[..., 1].cpu().numpy()
-            for row, i in enumerate(mine):
-                out[i] = p[row, : len(rows[i])]
+            take = max(1, cells // max(len(rows[order[0]]), 1))
+            batches.append(order[:take])
+            order = order[take:]
+        out: list[Any] = [None] * len(rows)
+        for batch, found in zip(
+            batches, self._side_by_side([[rows[i] for i in batch] for batch in batches]), strict=True
+        ):
+            for i, p in zip(batch, found, strict=True):
+                out[i] = p[: len(rows[i])]
         return out
+
+    def _side_by_side(self, batches: list[list[Ints]]) -> Iterable[Floats]:
+        """Batches through the model, as many at a time as there are threads, each on one: threads that share a batch
+        wait for each other at every step of it, and if one has no processor for a while, all do."""
+        threads = torch.get_num_threads()
+        if self.model.device.type != "cpu" or min(threads, len(batches)) < 2:
+            return [self._forward(batch) for batch in batches]
+        try:
+            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                return list(pool.map(self._forward, batches))
+        finally:
+            torch.set_num_threads(
+                threads
+            )  # what threads of others start with is what was set last, by whichever thread
+
+    @torch.inference_mode()
+    def _forward(self, rows: list[Ints]) -> Floats:
+        """Rows, the longest first, padded to it: the probability of label 1 `(rows, longest)`."""
+        ids = np.full((len(rows), len(rows[0])), self.tokenizer.pad_token_id or 0)
+        mask = np.zeros(ids.shape, dtype=np.int64)
+        for index, row in enumerate(rows):
+            ids[index, : len(row)], mask[index, : len(row)] = row, 1
+        device = self.model.device
+        seen = {} if mask.all() else {"attention_mask": torch.from_numpy(mask).to(device)}
+        logits = self.model(input_ids=torch.from_numpy(ids).to(device), **seen).logits
+        found: Floats = logits.float().softmax(-1)[..., 1].cpu().numpy()
+        return found
 
 
 def cuts(text: str, offsets: Ints, room: int) -> list[int]:
     """Where to cut tokens into chunks of at most `room`, from 0 to their number: at the last end of a sentence or line
-    in the second half of what there is room for, else at the last white space there, else where it is full."""
+    in the second half of what there is room for, else at the last white space, else where it is full."""
     n = len(offsets)
     out = [0] if n else []
     if n > room:
@@ -139,7 +163,8 @@ def cuts(text: str, offsets: Ints, room: int) -> list[int]:
         while n - out[-1] > room:
             full = out[-1] + room
             last = [int(found[i - 1]) if (i := np.searchsorted(found, full, side="right")) else 0 for found in places]
-            out.append(next((place for place in last if place > full - (room + 1) // 2), full))
+            half = full - (room + 1) // 2
+            out.append(last[0] if last[0] > half else last[1] if last[1] > out[-1] else full)
     return [*out, n]
 
 

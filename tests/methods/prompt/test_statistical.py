@@ -15,12 +15,12 @@ from fewer.types import Budget, BudgetError
 from fewer_eval.cited import FACTS, subject, told
 from fewer_eval.fitting import prose
 
-STOP = set(
-    """a an the and or but if then of to in on at by for with from as is are was were be been being this that these those
-    it its they them their he his she her you your we our i not no do does did has have had will would can could should
-    may might must there here which who what when where why how all any each some such than too so also only into over
-    about after before between during out up down off again once other more most own same just both few nor while
-    because""".split()
+STOP = (
+    "a an the and or but if then of to in on at by for with from as is are was were be been being this that these "
+    "those it its they them their he his she her you your we our i not no do does did has have had will would can "
+    "could should may might must there here which who what when where why how all any each some such than too so also "
+    "only into over about after before between during out up down off again once other more most own same just both "
+    "few nor while because"
 )
 
 
@@ -30,7 +30,8 @@ class StopWords:
 
     def rank(self, source: Source, budget: Budget | None) -> Ranking:
         said = [source.of(span).casefold() for span in source.words]
-        stays = np.array([word not in STOP and word[0].isalnum() for word in said])
+        stop = STOP.split()
+        stays = np.array([word not in stop and word[0].isalnum() for word in said])
         return Ranking(source.words, stays + 0.5 * np.random.default_rng(0).random(len(said)))
 
 
@@ -61,11 +62,16 @@ def texts(count: int) -> list[tuple[str, list[tuple[int, int]]]]:
     return out
 
 
-def survive(method: object, keep: float, count: int = 6) -> float:
+def words(text: str) -> int:
+    """A token a word or sign, as large vocabularies have it: to drop a stop word saves as much as to drop another."""
+    return len(regex.findall(r"\w+|[^\w\s]", text))
+
+
+def survive(method: object, keep: float, count: int = 12) -> float:
     """The share of facts of which every such word is left."""
     found = []
     for text, facts in texts(count):
-        done = fewer.compress_prompt(text, method, keep=keep, tokenizer="characters")  # type: ignore[arg-type]
+        done = fewer.compress_prompt(text, method, keep=keep, tokenizer=words)  # type: ignore[arg-type]
         here = np.zeros(len(text), dtype=bool)
         for span in done.kept:
             here[span.start : span.end] = True
@@ -73,11 +79,11 @@ def survive(method: object, keep: float, count: int = 6) -> float:
     return float(np.mean(found))
 
 
-@pytest.mark.parametrize("keep", [0.5, 0.3])
-def test_keeps_facts_that_random_and_stop_words_lose(keep: float) -> None:
+@pytest.mark.parametrize(("keep", "margin"), [(0.5, 0.0), (0.4, 0.1), (0.3, 0.3)])
+def test_keeps_facts_that_random_and_stop_words_lose(keep: float, margin: float) -> None:
+    """At half the tokens dropping stop words is nearly all that is needed; below that it draws among what is left."""
     ours, stop, drawn = (survive(method, keep) for method in (Statistical(), StopWords(), "random"))
-    assert ours > stop + 0.1 and ours > drawn + 0.5
-    assert ours > {0.5: 0.8, 0.3: 0.7}[keep]
+    assert ours > stop + margin and ours > drawn + 0.6 and ours > 0.8
 
 
 def test_by_hand() -> None:

@@ -32,7 +32,7 @@ class LLMLingua2:
     """Words by a token classifier.
 
     Args:
-        fit: what the classifier learned, from `fit_to`; `load` reads it from a file. None for what comes with fewer.
+        fit: what the classifier learned, from `fit_to`; `load` reads it from a file; None for what comes with fewer.
         model: the encoder that it was fitted to, "minilm"; or a token classifier with labels drop and keep: a folder or
             hub name, a pair of model and tokenizer, or a `Keeper`.
         bits: 8 reads with linear layers in 8 bits, about twice as fast on a CPU.
@@ -107,21 +107,22 @@ class LLMLingua2:
         stays = value > self.threshold
         if budget is not None:
             order = np.argsort(-value, kind="stable")
-            room = budget.count(sum(map(len, source.ends)))
-            stays = np.zeros(len(units), dtype=bool)
-            stays[order[np.cumsum(source.sizes(units)[order]) <= room]] = True
+            stays[order] = np.cumsum(source.sizes(units)[order]) <= budget.count(sum(map(len, source.ends)))
         out, before = [], None
+        spans = list(units)
         for unit in np.flatnonzero(forced | stays).tolist():
-            said = source.of((units.document[unit], units.start[unit], units.end[unit])) if forced[unit] else None
+            said = source.of(spans[unit]) if forced[unit] else None
             if said is not None and said == before:
                 out.append(unit)
             before = said
         return out
 
     def _compat(self, read: Keeper, source: Source, budget: Budget | None) -> Ranking:
-        """The package's words, and what it loses on its way as units that it does not keep."""
+        """The package's words, and what it loses on its way, which it does not keep."""
         if budget is None and self.rate is None:
             raise BudgetError("LLMLingua2(compat=True) has no threshold of its own: give keep=, tokens=, or it a rate=")
+        if budget is None and self.rate == 1:
+            return Ranking(source.words, np.ones(len(source.words)), chosen=np.ones(len(source.words), dtype=bool))
         options = Options(self.pool, self.force_tokens, self.force_reserve_digit, self.drop_consecutive)
         share = self.rate if budget is None else budget.keep if isinstance(budget.keep, float) else None
         tokens = budget.tokens if budget is not None and share is None else None
