@@ -7,7 +7,7 @@ TIMM := .venv-timm
 PEER := .venv-kvpress
 FITS := out/kvzap.fit out/razorattention.fit out/compresskv.fit
 
-.PHONY: demo test test-oldest test-timm test-frameworks check bench bench-vit bench-serve evidence evidence-vit docs clean
+.PHONY: demo test test-oldest test-timm test-frameworks check bench bench-vit bench-serve evidence evidence-vit evidence-prompt docs clean
 
 demo: $(VENV)/.installed  ## compare every method on the default model: table, out/report.html, out/results.jsonl
 	scripts/demo
@@ -44,6 +44,9 @@ bench-serve: $(VENV)/.installed  ## 50 clients for a minute of the server: compr
 
 evidence-vit: $(VENV)/.installed  ## every method for encoders on real pictures: results/vit-dinov2s.json (goes on where it stopped)
 	$(BIN)/python scripts/vit_evidence.py
+
+evidence-prompt: $(VENV)/.installed  ## every prompt method on questions about documents: results/prompt.json (goes on where it stopped)
+	$(BIN)/python scripts/prompt_evidence.py
 
 evidence: $(FITS)  ## every cache method at every budget and length: results/kv-smollm2.json (hours; goes on where it stopped)
 	$(BIN)/python scripts/evidence.py $(addprefix --fit ,$(FITS))

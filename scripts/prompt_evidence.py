@@ -31,8 +31,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS, PAGE, PICTURE = ROOT / "results" / "prompt.json", ROOT / "docs" / "prompt.md", ROOT / "docs" / "prompt.svg"
 KEEPS = (0.5, 0.3)
 SAMPLES, SEED = 6, 0
-SLOW = ("tcra", "exit", "longcodezip", "scope")
-"""Methods that run a model many times for each text: they come last."""
+SLOW = ("selective-context", "llmlingua", "longllmlingua", "tcra", "exit", "longcodezip", "scope")
+"""Methods that run a language model, or any model many times, for each text: they come last, the slowest at the end."""
 
 
 def methods(fit_files: Sequence[Path]) -> dict[str, Any]:

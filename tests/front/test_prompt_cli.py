@@ -188,3 +188,16 @@ def test_a_changed_text_or_patch_is_refused(fewer, file: Path, tmp_path: Path) -
         short.write_bytes(good[0])
         patch.write_bytes(good[1])
     assert fewer("restore", str(short), "--patch", str(patch))[0] == 0
+
+
+def test_a_fit_is_used_or_refused(fewer, file: Path, tmp_path: Path) -> None:
+    asked = ("--tokens", "14", "--question", "What is not four?", "--tokenizer", "characters")
+    shipped = str(Path(library.__file__).parent / "data" / "llmlingua2.fit")
+    for method, path, why in (
+        ("truncation", shipped, "truncation is not fitted to anything"),
+        ("provence", shipped, "is a fit of llmlingua2, not of provence"),
+        ("provence", str(tmp_path / "none.fit"), "cannot be read"),
+        ("provence", None, "has to be fitted"),
+    ):
+        code, out, err = fewer("prompt", str(file), "--method", method, *asked, *(("--fit", path) if path else ()))
+        assert (code, out) == (2, "") and why in " ".join(err.split()), method

@@ -1,13 +1,16 @@
 """`fewer prompt` and `fewer restore`: texts shortened, and given back."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import regex
 import typer
 
+from fewer import fit as fits
 from fewer.cli.common import Json, err, print_json, read_text
+from fewer.methods import resolve_prompt
 from fewer.prompts.compression import restore as restored
 from fewer.prompts.front import compress_prompt
 from fewer.prompts.html import html_of
@@ -33,6 +36,7 @@ def prompt(
     ] = None,
     tokenizer: Annotated[str, typer.Option(help="What counts tokens: a name, a folder, a hub name.")] = "default",
     separator: Separator = None,
+    fit: Annotated[Path | None, typer.Option(help="A file that `fewer fit` made for the method.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page that shows what stayed.")] = None,
     patch: Annotated[Path | None, typer.Option(help="Write what `fewer restore` needs.")] = None,
     as_json: Json = False,
@@ -44,7 +48,7 @@ def prompt(
     parts = texts if separator is None else [part for text in texts for part in text.split(_typed(separator))]
     rules = [*(protect or ()), *map(_pattern, protect_regex or ()), *map(named, protect_class or ())]
     done = compress_prompt(
-        parts[0] if len(parts) == 1 else parts, method, keep=keep, tokens=tokens, question=question,
+        parts[0] if len(parts) == 1 else parts, _method(method, fit), keep=keep, tokens=tokens, question=question,
         instruction=instruction, protect=rules, tokenizer=tokenizer,
     )  # fmt: skip
     if html is not None:
@@ -83,6 +87,16 @@ def _read(file: Path, option: str, empty: bool = False) -> str:
     if not text.strip() and not empty:
         raise FewerError(f"{option} {file} is empty")
     return text
+
+
+def _method(name: str, fit: Path | None) -> Any:
+    """The method of that name, with its fit where one was given."""
+    made: Any = resolve_prompt(name)
+    if fit is None:
+        return made
+    if "fit" not in getattr(made, "__dataclass_fields__", {}):
+        raise FewerError(f"--fit {fit}: {name} is not fitted to anything; leave it out")
+    return replace(made, fit=fits.load(fit, name))
 
 
 def _pattern(text: str) -> object:

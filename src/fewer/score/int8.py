@@ -1,8 +1,10 @@
 """Linear layers in 8 bits: weights are held as whole numbers from -127 to 127, and so are inputs while they pass.
 
-    y = (q_x @ q_w^T) * s_x * s_w + b        q = round(x / s), s = max |x| / 127, for each row of inputs and of weights
+    x = m + s q_x        for each row of inputs: m the middle of its least and most, s half of what is between, / 127
+    w = t q_w            for each row of weights: t its most, / 127
+    y = (q_x @ q_w^T) s t + m sum(w) + b
 
-A row's scale is its own, so what else is in a batch changes nothing. The product is the processor's own in 8 bits
+What a row is scaled by is its own, so what else is in a batch changes nothing. The product is the processor's own in 8 bits
 (torch's `_int_mm`, oneDNN's below it): fast where it has VNNI or AMX, right everywhere. Attention, norms and
 embeddings stay as they are.
 """
@@ -29,21 +31,24 @@ class Linear8(nn.Module):
         super().__init__()
         weight = linear.weight.detach().float()
         scale = weight.abs().amax(1).clamp(min=1e-12) / 127
-        self.register_buffer("weight", (weight / scale[:, None]).round_().to(torch.int8))
-        self.register_buffer("scale", scale)
+        whole = (weight / scale[:, None]).round_()
         bias = torch.zeros_like(scale) if linear.bias is None else linear.bias.detach().float().clone()
+        self.register_buffer("weight", whole.to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.register_buffer("total", whole.sum(1) * scale)
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        weight, scale, total, bias = (self.get_buffer(name) for name in ("weight", "scale", "total", "bias"))
         rows = x.reshape(-1, x.shape[-1])
-        weight, bias, factor = self.get_buffer("weight").t(), self.get_buffer("bias"), self.get_buffer("scale")
-        out = torch.empty(len(rows), weight.shape[1], dtype=torch.float32)
+        out = torch.empty(len(rows), len(weight))
         for at in range(0, len(rows), ROWS):
             part = rows[at : at + ROWS]
-            scale = part.abs().amax(-1, keepdim=True).clamp_(min=1e-12).div_(127)
-            whole = torch._int_mm((part / scale).round_().to(torch.int8), weight)
-            here = out[at : at + ROWS].copy_(whole).mul_(scale)
-            torch.addcmul(bias, here, factor, out=here)
+            least, most = part.amin(-1, keepdim=True), part.amax(-1, keepdim=True)
+            middle, step = (most + least) / 2, (most - least).clamp_(min=1e-12) / 254
+            whole = torch._int_mm((part - middle).div_(step).round_().to(torch.int8), weight.t())
+            here = out[at : at + ROWS].copy_(whole).mul_(step)
+            torch.addcmul(bias, here, scale, out=here).addr_(middle[:, 0], total)
         return out.view(*x.shape[:-1], -1)
 
 

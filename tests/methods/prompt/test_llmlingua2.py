@@ -348,10 +348,12 @@ def test_new_rows_are_the_mean_of_all_others() -> None:
 def test_eight_bits_by_hand() -> None:
     linear = nn.Linear(80, 70)
     x = torch.randn(3, 300, 80) * torch.rand(3, 300, 1)
-    q, s = linear.weight.detach().numpy(), np.abs(linear.weight.detach().numpy()).max(1, keepdims=True) / 127
-    r = np.abs(x.numpy()).max(-1, keepdims=True) / 127
-    whole = np.rint(x.numpy() / r).astype(int) @ np.rint(q / s).astype(int).T
-    by_hand = whole * r * s.T + linear.bias.detach().numpy()
+    w = linear.weight.detach().numpy()
+    t = np.abs(w).max(1, keepdims=True) / 127
+    most, least = x.numpy().max(-1, keepdims=True), x.numpy().min(-1, keepdims=True)
+    m, s = (most + least) / 2, (most - least) / 254
+    whole = np.rint((x.numpy() - m) / s).astype(int) @ np.rint(w / t).astype(int).T
+    by_hand = whole * s * t.T + m * (np.rint(w / t) * t).sum(1) + linear.bias.detach().numpy()
     out = Linear8(linear)(x)
     assert out.numpy() == pytest.approx(by_hand, abs=1e-4)
     assert (out - linear(x)).abs().max() < 0.02 * linear(x).abs().max()

@@ -35,7 +35,7 @@ class LLMLingua2:
         fit: what the classifier learned, from `fit_to`; `load` reads it from a file; None for what comes with fewer.
         model: the encoder that it was fitted to, "minilm"; or a token classifier with labels drop and keep: a folder or
             hub name, a pair of model and tokenizer, or a `Keeper`.
-        bits: 8 reads with linear layers in 8 bits, about twice as fast on a CPU.
+        bits: 8 reads with linear layers in 8 bits, about twice as fast on a CPU (`score.int8`).
         threshold: of s_w, above which a word stays where there is no budget.
         pool: s_w is the mean of the word's pieces, or its first piece's.
         force_tokens: words that come before all others; what must stay whatever the budget goes to `protect`.
