@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fewer import fit as fits
 from fewer import models
 from fewer.methods import of_family
+from fewer.prompts.bill import Prices, worth
 from fewer_eval import environment
 from fewer_eval.asked import SETTINGS
 from fewer_eval.asked.measure import Answerer, Line, measure
@@ -81,6 +82,24 @@ def tables(lines: Sequence[Line]) -> str:
     return "\n\n".join(parts)
 
 
+def bills() -> str:
+    """What shortening 20,000 tokens to 6,000 saves under prompt caching, in shares of the bill as it is."""
+    requests = (1, 2, 5, 20)
+    rows = [f"| of the prompt in the cache | {' | '.join(f'sent {n} times' for n in requests)} |"]
+    rows += ["|" + " --- |" * (len(requests) + 1)]
+    for cached in (0, 10_000, 18_000, 20_000):
+        made = [worth(20_000, 6_000, Prices(plain=3.0), cached=cached, requests=n) for n in requests]
+        rows.append(f"| {cached / 20_000:.0%} | {' | '.join(f'{one.saved / one.before:+.0%}' for one in made)} |")
+    return "\n".join(rows)
+
+
+def put(page: str, part: str, content: str) -> str:
+    """The page with that part written anew."""
+    before, _, rest = page.partition(f"<!-- {part} -->")
+    _, _, after = rest.partition(f"<!-- /{part} -->")
+    return f"{before}<!-- {part} -->\n{content}\n<!-- /{part} -->{after}"
+
+
 def share(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
@@ -95,9 +114,7 @@ def write(lines: Sequence[Line]) -> None:
     unfinished.write_text(json.dumps(record, indent=0) + "\n")
     unfinished.replace(RESULTS)
     if PAGE.exists():
-        before, _, rest = PAGE.read_text().partition("<!-- evidence -->")
-        _, _, after = rest.partition("<!-- /evidence -->")
-        PAGE.write_text(f"{before}<!-- evidence -->\n{tables(lines)}\n<!-- /evidence -->{after}")
+        PAGE.write_text(put(put(PAGE.read_text(), "bill", bills()), "evidence", tables(lines)))
     panels = {
         name: [
             (line.method, line.tokens_after / line.tokens_before, line.answered)

@@ -4,8 +4,8 @@
     w = t q_w            for each row of weights: t its most, / 127
     y = (q_x @ q_w^T) s t + m sum(w) + b
 
-What a row is scaled by is its own, so what else is in a batch changes nothing. The product is the processor's own in 8 bits
-(torch's `_int_mm`, oneDNN's below it): fast where it has VNNI or AMX, right everywhere. Attention, norms and
+What a row is scaled by is its own: what else is in a batch changes nothing. The product is the processor's own in 8
+bits (torch's `_int_mm`, oneDNN's below it): fast where it has VNNI or AMX, right everywhere. Attention, norms and
 embeddings stay as they are.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fewer.types import UnsupportedModel
 
-ROWS = 512
+ROWS = 256
 """Rows that are multiplied at a time: their whole numbers still lie in the cache when they are scaled."""
 
 LEAST = 1 << 12
