@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 TIMM := .venv-timm
 PEER := .venv-kvpress
+LLMLINGUA := .venv-llmlingua
 FITS := out/kvzap.fit out/razorattention.fit out/compresskv.fit
 
-.PHONY: demo test test-oldest test-timm test-frameworks check bench bench-vit bench-serve evidence evidence-vit evidence-prompt docs clean
+.PHONY: demo test test-oldest test-timm test-frameworks check bench bench-vit bench-serve bench-prompt evidence evidence-vit evidence-prompt docs clean
 
 demo: $(VENV)/.installed  ## compare every method on the default model: table, out/report.html, out/results.jsonl
 	scripts/demo
@@ -37,6 +38,11 @@ bench-vit: $(VENV)/.installed  ## images a second of every method for encoders, 
 	$(BIN)/python benchmarks/vit.py --cases 224x1,224x16 --rounds 3
 	$(BIN)/python benchmarks/vit.py --cases 448x1,448x8,518x1 --methods tome,topk,ward,random,uniform --rounds 3 \
 	    --json results/vit-speed-large.json
+
+bench-prompt: $(VENV)/.installed $(LLMLINGUA)/.installed  ## llmlingua2 beside package llmlingua: kept words, speed, memory
+	scripts/install $(VENV) -e '.[dev,bench]'
+	$(BIN)/python benchmarks/prompt.py --peer $(LLMLINGUA)/bin/python --parity 1500
+	$(BIN)/python benchmarks/prompt.py --peer $(LLMLINGUA)/bin/python
 
 bench-serve: $(VENV)/.installed  ## 50 clients for a minute of the server: compressing, and chats that are forwarded
 	$(BIN)/python benchmarks/serve.py --json results/serve.json
@@ -70,5 +76,9 @@ $(PEER)/.installed: constraints.txt
 	scripts/install $(PEER) 'kvpress==0.5.5' 'transformers==5.2.0'
 	touch $@
 
+$(LLMLINGUA)/.installed: constraints.txt
+	scripts/install $(LLMLINGUA) 'llmlingua==0.2.2' 'transformers==4.48.3'
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OLDEST) $(TIMM) .venv-frameworks $(PEER) out dist
+	rm -rf $(VENV) $(OLDEST) $(TIMM) .venv-frameworks $(PEER) $(LLMLINGUA) out dist

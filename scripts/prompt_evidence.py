@@ -31,7 +31,8 @@ from fewer_eval.picture import scatter
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE, PICTURE = ROOT / "results" / "prompt.json", ROOT / "docs" / "prompt.md", ROOT / "docs" / "prompt.svg"
 KEEPS = (0.5, 0.3)
-SAMPLES, SEED = 6, 0
+SAMPLES, FEW, SEED = 24, 6, 0
+"""Examples of a setting, those that the reader is asked about, and all that slow methods get."""
 SLOW = ("selective-context", "llmlingua", "longllmlingua", "tcra", "exit", "longcodezip", "scope")
 """Methods that run a language model, or any model many times, for each text: they come last, the slowest at the end."""
 
@@ -62,14 +63,14 @@ def tables(lines: Sequence[Line]) -> str:
         cell = {(line.method, line.keep): line for line in mine}
         full = next(line for line in mine if line.method == "full")
         worth = {
-            method: sum((line.answered or 0) + 0.1 * line.needed for line in mine if line.method == method)
+            method: sum(line.needed + 0.1 * (line.answered or 0) for line in mine if line.method == method)
             for method in {line.method for line in mine} - {"full"}
         }
-        whole = "" if full.answered is None else f"; everything kept: answered {full.answered:.2f}"
+        whole = "" if full.answered is None else f" ({full.asked} asked; everything kept: answered {full.answered:.2f})"
         heads = [f"{what} at {keep}" for keep in KEEPS for what in ("answered", "needed")]
         heads += ["numbers", "negations", "identifiers", *(["parses"] if full.parses is not None else []), "s"]
-        rows = [f"**{name}: {setting.description}, n = {full.n}, {full.tokens_before:.0f} tokens{whole}**", ""]
-        rows += [f"| method | {' | '.join(heads)} |", "|" + " --- |" * (len(heads) + 1)]
+        rows = [f"**{name}: {setting.description}, {full.tokens_before:.0f} tokens{whole}**", ""]
+        rows += [f"| method | n | {' | '.join(heads)} |", "|" + " --- |" * (len(heads) + 2)]
         for method in sorted(worth, key=lambda method: -worth[method]):
             pairs = [(cell.get((method, keep)), what) for keep in KEEPS for what in ("answered", "needed")]
             figures = [share(getattr(line, what, None)) for line, what in pairs]
@@ -77,7 +78,7 @@ def tables(lines: Sequence[Line]) -> str:
             figures += [share(some.survived.get(what)) for what in ("numbers", "negations", "identifiers")]
             figures += [share(some.parses)] if full.parses is not None else []
             note = f" ({some.refused} refused)" if some.refused else ""
-            rows.append(f"| {method}{note} | {' | '.join(figures)} | {some.seconds:.2f} |")
+            rows.append(f"| {method}{note} | {some.n} | {' | '.join(figures)} | {some.seconds:.2f} |")
         parts.append("\n".join(rows))
     return "\n\n".join(parts)
 
@@ -147,8 +148,8 @@ def main() -> int:
                 break
             progress.update(bar, description=f"{setting}, {method} at {keep}")
             known = SETTINGS[setting]
-            examples = known.make(SAMPLES, SEED)
-            lines.append(measure(known, chosen[method], keep, examples, answerer))
+            examples = known.make(FEW if method in SLOW else SAMPLES, SEED)
+            lines.append(measure(known, chosen[method], keep, examples, answerer, most=FEW))
             progress.advance(bar)
             write(lines)
     print(f"{len(lines)} lines in {RESULTS.relative_to(ROOT)}, {len(left)} were missing")

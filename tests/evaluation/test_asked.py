@@ -94,3 +94,15 @@ def test_parsability_is_measured_where_there_is_code() -> None:
     assert measure(setting, "full", 1.0, examples).parses == 1
     assert measure(setting, "random", 0.5, examples).parses == 0
     assert measure(SETTINGS["meeting"], "random", 0.5, SETTINGS["meeting"].make(2)).parses is None
+
+
+def test_the_reader_is_asked_about_as_many_as_it_may_be() -> None:
+    setting, texts = SETTINGS["multi-document"], []
+
+    class Counts:
+        def __call__(self, text: str, question: str) -> str:
+            texts.append(text)
+            return "I do not know."
+
+    line = measure(setting, "full", 1.0, setting.make(7), Counts(), most=3)  # type: ignore[arg-type]
+    assert (line.n, line.asked, line.answered, len(texts)) == (7, 3, 0, 3)

@@ -25,7 +25,8 @@ SURVIVAL = ("numbers", "negations", "identifiers", "keys")
 class Line:
     """One method at one keep in one setting; means over `n` examples, shares in [0, 1].
 
-    `answered`: the model's answer holds the right one, None where it is beyond the model. `needed`: all that an answer
+    `answered`: the model's answer holds the right one, over the `asked` examples that it was asked about; None where it
+    is beyond the model. `needed`: all that an answer
     needs is in the text. `survived`: of each class, the share of what the source has that stayed whole. `parses`:
     Python code that is still Python, None where there is none. `got` over `limit` is how near the budget was met,
     `over` the number of times it was exceeded. `refused` are examples that the method would not shorten.
@@ -35,6 +36,7 @@ class Line:
     method: str
     keep: float
     n: int
+    asked: int
     answered: float | None
     needed: float
     survived: dict[str, float]
@@ -99,20 +101,23 @@ def measure(
     examples: Sequence[Asked],
     answerer: Answerer | None = None,
     *,
+    most: int | None = None,
     seen: bool = True,
 ) -> Line:
     """One method at one keep on these examples.
 
     Args:
         answerer: who answers, where the setting can be answered; None measures survival alone.
+        most: how many of the examples it is asked about, evenly spaced; default all.
         seen: whether the method is shown the question.
     """
     method, answerer = resolve_prompt(method), answerer if setting.answerable else None
     dones: list[Compression] = []
     answered, needed, parses, took = [], [], [], []
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    refused = 0
-    for example in examples:
+    refused, most = 0, len(examples) if most is None else min(most, len(examples))
+    to_ask = {round(i * (len(examples) - 1) / max(most - 1, 1)) for i in range(most)}
+    for index, example in enumerate(examples):
         start = time.perf_counter()
         try:
             done = fewer.compress_prompt(
@@ -129,12 +134,13 @@ def measure(
             counts[name][1] += there
         if setting.name == "code":
             parses.append(_parses(done.text))
-        if answerer is not None:
+        if answerer is not None and index in to_ask:
             answered.append(right(answerer(done.text, example.question), example.answer))
     mean = statistics.fmean
     limits = [done.limit if done.limit is not None else done.tokens_before for done in dones]
     return Line(
-        setting.name, name_of(method), keep, len(examples), mean(answered) if answered else None, mean(needed),
+        setting.name, name_of(method), keep, len(examples), len(answered),
+        mean(answered) if answered else None, mean(needed),
         {name: kept / there for name, (kept, there) in counts.items() if there}, mean(parses) if parses else None,
         mean(done.tokens_before for done in dones), mean(done.tokens_after for done in dones), mean(limits),
         sum(done.tokens_after > limit for done, limit in zip(dones, limits, strict=True)),

@@ -6,7 +6,7 @@
 Differs from the paper: one threshold for the whole prompt, where the authors' package gives every chunk of 512 pieces
 the same share. Chunks are slices of the text's own pieces, cut at the ends of sentences or lines. Words are fewer's,
 identifiers and numbers whole, and white space is the source's. Without a budget, words with s_w above one half stay.
-A forced word stays wherever it stands as a word, a forced digit keeps its whole word, and line breaks need no forcing.
+A forced word comes first wherever it stands as a word, a forced digit brings its whole word, line breaks need no force.
 The head that comes with fewer is MiniLM-L6's top layer, fitted to what a small language model finds surprising, not to
 a large one's deletions. `compat=True` is package llmlingua 0.2.2 with its quirks (`score.llmlingua022`): the same words
 at the same rate, though as they stand in the source, and with a budget brought to its exact ceiling.
@@ -86,9 +86,8 @@ class LLMLingua2:
             return self._compat(read, source, budget)
         units = source.words
         offsets, p = zip(*read(source.documents), strict=True)
-        value = source.spread(units, offsets, p, self.pool)
         forced = self._forced(source, units)
-        value = value + forced
+        value = source.spread(units, offsets, p, self.pool) + forced
         if self.drop_consecutive:
             value[self._again(source, units, value, forced, budget)] = -1.0
         return Ranking(units, value, chosen=value > self.threshold if budget is None else None)
@@ -112,7 +111,7 @@ class LLMLingua2:
         spans = list(units)
         for unit in np.flatnonzero(forced | stays).tolist():
             said = source.of(spans[unit]) if forced[unit] else None
-            if said is not None and said == before:
+            if said and said == before:
                 out.append(unit)
             before = said
         return out
@@ -125,7 +124,7 @@ class LLMLingua2:
             return Ranking(source.words, np.ones(len(source.words)), chosen=np.ones(len(source.words), dtype=bool))
         options = Options(self.pool, self.force_tokens, self.force_reserve_digit, self.drop_consecutive)
         share = self.rate if budget is None else budget.keep if isinstance(budget.keep, float) else None
-        tokens = budget.tokens if budget is not None and share is None else None
+        tokens = budget.tokens if budget and share is None else None
         done = shorten(read, source.documents, share or 1.0, options, tokens=tokens)
         places = []
         for text, document in zip(source.documents, done, strict=True):
