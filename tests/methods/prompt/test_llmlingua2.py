@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import threading
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -138,6 +139,24 @@ def test_agrees_with_each_chunk_alone(window: int | None) -> None:
             row = torch.tensor([[2, *read["input_ids"][start:end], 3]])
             naive += one.model(input_ids=row).logits[0].softmax(-1)[1:-1, 1].tolist()
         assert p.tolist() == pytest.approx(naive, abs=1e-5) and len(p) == len(read["input_ids"])
+
+
+def test_chunks_side_by_side_give_the_same() -> None:
+    """Each thread of torch takes chunks of its own; afterwards torch has as many threads as before, new ones too."""
+    one, texts, before, seen = tiny(window=16), (prose(300), prose(40, 1)), torch.get_num_threads(), []
+    torch.set_num_threads(1)
+    try:
+        alone = one(texts)
+        torch.set_num_threads(3)
+        together = one(texts)
+        new = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        new.start()
+        new.join()
+        assert torch.get_num_threads() == 3 and seen == [3]
+    finally:
+        torch.set_num_threads(before)
+    for (_, p), (_, q) in zip(alone, together, strict=True):
+        assert p == pytest.approx(q, abs=1e-6)
 
 
 def test_chunks_end_where_sentences_or_lines_do() -> None:
