@@ -64,7 +64,7 @@ def tables(lines: Sequence[Line]) -> str:
         full = next(line for line in mine if line.method == "full")
         worth = {
             method: sum(line.needed + 0.1 * (line.answered or 0) for line in mine if line.method == method)
-            for method in {line.method for line in mine} - {"full"}
+            for method in {line.method for line in mine}
         }
         whole = "" if full.answered is None else f" ({full.asked} asked; everything kept: answered {full.answered:.2f})"
         heads = [f"{what} at {keep}" for keep in KEEPS for what in ("answered", "needed")]
@@ -72,9 +72,10 @@ def tables(lines: Sequence[Line]) -> str:
         rows = [f"**{name}: {setting.description}, {full.tokens_before:.0f} tokens{whole}**", ""]
         rows += [f"| method | n | {' | '.join(heads)} |", "|" + " --- |" * (len(heads) + 2)]
         for method in sorted(worth, key=lambda method: -worth[method]):
-            pairs = [(cell.get((method, keep)), what) for keep in KEEPS for what in ("answered", "needed")]
+            whole_of = cell.get((method, 1.0))  # "full" is one row, whatever the budget
+            pairs = [(cell.get((method, keep), whole_of), what) for keep in KEEPS for what in ("answered", "needed")]
             figures = [share(getattr(line, what, None)) for line, what in pairs]
-            some = cell.get((method, KEEPS[0])) or cell[method, KEEPS[-1]]
+            some = whole_of or cell.get((method, KEEPS[0])) or cell[method, KEEPS[-1]]
             figures += [share(some.survived.get(what)) for what in ("numbers", "negations", "identifiers")]
             figures += [share(some.parses)] if full.parses is not None else []
             note = f" ({some.refused} refused)" if some.refused else ""

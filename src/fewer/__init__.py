@@ -6,7 +6,8 @@ from fewer.compress import compress, step
 from fewer.methods import METHODS
 from fewer.prompts import protect
 from fewer.prompts.bill import Bill, Prices, Worth, bill, worth
-from fewer.prompts.chat import ChatCompression, compress_messages, restore_messages
+from fewer.prompts.chat import compress_messages
+from fewer.prompts.chat_result import ChatCompression, restore_messages
 from fewer.prompts.compression import Compression, restore
 from fewer.prompts.front import compress_prompt
 from fewer.report import Report

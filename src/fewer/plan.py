@@ -95,7 +95,7 @@ class Plan:
 
     def restore(self, y: Float[Tensor, "*lead k d"], how: str = "copy") -> Float[Tensor, "*lead n d"]:
         """Back to the original length; see `fewer.restorers` for the ways."""
-        from fewer.restorers import restore  # restore.py speaks of plans, so it cannot be imported above
+        from fewer.restorers import restore  # it speaks of plans, so it cannot be imported above
 
         return restore(self, y, how)
 

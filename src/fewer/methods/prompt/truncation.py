@@ -6,12 +6,12 @@ Differs from the paper: there is none.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 
 from fewer.prompts.source import Ranking, Source
-from fewer.types import Budget, Card
+from fewer.types import Budget, Card, UnknownName
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,14 @@ class Truncation:
         keep: "start", "end", or "both" for the first and the last alike, with the middle gone.
     """
 
-    keep: Literal["start", "end", "both"] = "start"
+    keep: str = "start"
 
     card: ClassVar[Card] = Card(source="baseline", faithfulness="own", mechanism="extract")
     needs: ClassVar[frozenset[object]] = frozenset()
+
+    def __post_init__(self) -> None:
+        if self.keep not in ("start", "end", "both"):
+            raise UnknownName(f"Truncation(keep={self.keep!r}): known are 'start', 'end' and 'both'")
 
     def rank(self, source: Source, budget: Budget | None) -> Ranking:
         place = np.arange(len(source.words), dtype=np.float64)
