@@ -19,6 +19,7 @@ from fewer_eval.schema import Row, RunInfo
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PICTURE = ROOT / "docs" / "demo.svg"
+FAMILIES = {"kv": "caches", "vit": "encoders", "vlm": "visual tokens", "prompt": "prompts", "any": "all"}
 
 
 def methods_table() -> str:
@@ -27,7 +28,7 @@ def methods_table() -> str:
         card = describe(name)
         path = METHODS[name].__module__.replace(".", "/")
         needs = ", ".join(card["needs"]) or "–"
-        family = {"kv": "caches", "vit": "encoders", "prompt": "prompts", "any": "all"}[card["family"]]
+        family = FAMILIES[card["family"]]
         lines.append(
             f"| [{name}](src/{path}.py) | {family} | {card['mechanism']} | {needs} | {card['faithfulness']} "
             f"| {card['source']} |"

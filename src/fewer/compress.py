@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fewer.adapters import encoder_blocks
+from fewer.adapters import encoder_blocks, vlm_layout
 from fewer.methods import family_of, resolve, resolve_store
+from fewer.methods.any.full import Full
 from fewer.types import Budget, BudgetError, FewerError, Keep, Matching, Method, Reduction, Tokens, UnsupportedModel
 
 if TYPE_CHECKING:
@@ -58,10 +59,15 @@ def _promised(method: Method, tokens: Tokens, counts: torch.Tensor, plan: Reduct
             raise FewerError(f"{name} gives its slots more mass than the tokens had")
 
 
+def _of_cache(method: Any) -> bool:
+    """Whether a method's class shortens caches alone."""
+    return family_of(type(resolve(method))) == "kv" or isinstance(resolve(method), Full)
+
+
 @contextmanager
 def compress(
     model: Any,
-    method: str | Method,
+    method: str | Method | Sequence[str | Method],
     keep: Keep | Sequence[float | int] = 1.0,
     *,
     when: str | None = None,
@@ -72,17 +78,24 @@ def compress(
     positions: str | None = None,
     restore: str | None = None,
     tape: bool = False,
+    per: str | None = None,
+    counted: str | None = None,
+    only: str | None = None,
 ) -> Iterator[Any]:
     """Shorten what a model keeps, or what its blocks pass on, for as long as the context lasts; leaving it restores the
     model bit for bit.
 
     Args:
         model: a transformers decoder, whose key-value cache is shortened, used inside through `generate` or plain
-            calls; or an encoder, a vision transformer of timm or transformers or a BERT, whose tokens are.
-        method: a name from `fewer.METHODS`, or an object with the four members of `fewer.Method`.
+            calls; an encoder, a vision transformer of timm or transformers or a BERT, whose tokens are; or a
+            vision-language model, whose visual tokens are.
+        method: a name from `fewer.METHODS`, or an object with the four members of `fewer.Method`. Of a vision-language
+            model also a list of them, one stage after the other, of which the last may be a cache's method.
         keep: what stays. Of a cache: a fraction in (0, 1], a token count a head, or bytes for all compressed layers
             ("64MB"). Of an encoder's tokens, beside its class and register tokens: the fraction that is left at the
-            end, a list of fractions or counts with one for each block, or a share of the FLOPs ("0.6 flops").
+            end, a list of fractions or counts with one for each block, or a share of the FLOPs ("0.6 flops"). Of visual
+            tokens: the fraction, or the count, of each picture's that is left after the last cut; or a list with what
+            each stage leaves.
         when: "prefill" compresses after every forward of more than one token, "decode" after every `every` generated
             tokens (the cache then stays at a fixed size plus at most `every`), "both" does both. Left out, it is what
             the method was published with, and "prefill" for most. Caches only, as the next two.
@@ -94,14 +107,22 @@ def compress(
         masses: how a merged token counts as all it stands for in attention: as an additive "mask" (the default), as
             one more "channel" of queries and keys, or not ("off", for models that were trained without).
         positions: where a merged token is, for rotary positions: at its "survivor" (the default), or at the
-            "centroid" of its members. Biases between positions are always the survivors'.
+            "centroid" of its members. Biases between positions are always the survivors'. For visual tokens: they
+            "keep" the positions they had (the default), move to their "centroid", or all are renumbered without gaps
+            ("compact"), which costs models their sense of place.
         restore: bring the output back to its original length, by a way named in `fewer.restorers`; then heads that
             pool or need a grid work as before. Left out, the output is as short as `keep` says.
         tape: keep the features that were merged or dropped, for ways to restore that need them.
+        per: whether `keep` is for every "picture" (the default) or for all of a "prompt". Visual tokens only, as what
+            follows.
+        counted: whether `keep` counts what is left after the "last" cut (the default) or for the "mean" layer, by which
+            methods that cut early and late can be compared.
+        only: "visual" for a cache's method that is to leave text alone.
 
     Yields:
         For a cache, a `Run` whose `report` tells what the latest cache saved and cost. For an encoder, a `Run` with
-        `plan`, `assign`, `mass`, `trace`, `flops` and `restore(features)`.
+        `plan`, `assign`, `mass`, `trace`, `flops` and `restore(features)`. For visual tokens, a `Run` with `report`,
+        `plan` and `kept`.
 
     Raises:
         BudgetError, UnknownName, MissingSignal, UnsupportedModel: see `fewer.types`. Nothing is changed then.
@@ -113,7 +134,6 @@ def compress(
     >>> run.report.layers[0].kept  # 10 of 40, and the 3 generated tokens that were read
     ((13, 13),)
     """
-    found = encoder_blocks.find(model)
     of_caches = {"when": when, "every": every, "store": store}
     of_encoders = {
         "schedule": schedule,
@@ -122,11 +142,37 @@ def compress(
         "restore": restore,
         "tape": tape or None,
     }
-    foreign = [name for name, value in (of_encoders if found is None else of_caches).items() if value is not None]
-    if foreign:
-        kind = "a decoder's cache" if found is None else "an encoder"
-        raise FewerError(f"compress({', '.join(f'{name}=...' for name in foreign)}) means nothing for {kind}")
-    chosen = resolve(method)
+    of_pictures = {"per": per, "counted": counted, "only": only}
+
+    def refuse(kind: str, *foreign: dict[str, Any]) -> None:
+        names = [name for group in foreign for name, value in group.items() if value is not None]
+        if names:
+            raise FewerError(f"compress({', '.join(f'{name}=...' for name in names)}) means nothing for {kind}")
+
+    several = isinstance(method, (list, tuple))
+    if vlm_layout.is_vlm(model) and (several or only or not _of_cache(method)):
+        refuse("visual tokens", {name: value for name, value in of_encoders.items() if name != "positions"})
+        from fewer.adapters import vlm_run
+
+        stages = list(method) if isinstance(method, (list, tuple)) else [method]
+        asked = vlm_run.Asked(keep, per, counted, positions, only, when, every, resolve_store(store))
+        with vlm_run.session(model, stages, asked) as pictured:
+            yield pictured
+        return
+    refuse("a model without pictures", of_pictures)
+    if several:
+        raise FewerError(f"method={method!r}: several stages are for vision-language models; name one method")
+    found = None if vlm_layout.is_vlm(model) else encoder_blocks.find(model)
+    if found is None:
+        refuse("a decoder's cache", of_encoders)
+    else:
+        refuse("an encoder", of_caches)
+    chosen = resolve(method)  # type: ignore[arg-type]
+    if family_of(type(chosen)) == "vlm":
+        raise UnsupportedModel(
+            f"{method!r} shortens the visual tokens of vision-language models, and {type(model).__name__} is none of "
+            f"those that fewer knows: {', '.join(vlm_layout.FAMILIES)}"
+        )
     if family_of(type(chosen)) == ("kv" if found is not None else "vit"):
         name = type(model).__name__
         raise UnsupportedModel(

@@ -69,6 +69,11 @@ class Decoder:
         attention = 2 * 2 * self.layers * self.heads * self.head_dim * tokens * (tokens + 1) // 2
         return 2 * self.parameters * tokens + attention
 
+    def layer_flops(self, tokens: float) -> float:
+        """One layer that so many tokens pass, causally; embeddings and the output matrix are in no layer."""
+        inside = (self.parameters - self.embedding) / self.layers
+        return 2 * inside * tokens + 2 * self.heads * self.head_dim * tokens * (tokens + 1)
+
     def shortened_prefill_flops(self, tokens: int, *, layer: int, rate: Keep) -> int:
         """`prefill_flops` where the layers after `layer` read only some of the tokens, a fraction or a count of them
         (FastKV; at least its window goes on).

@@ -159,9 +159,10 @@ class Host:
     def attached(self) -> bool:
         return bool(self.config._attn_implementation.startswith("fewer_"))
 
-    def attach(self, method: Method) -> "Attachment":
-        """Route the model's attention through fewer, with what the method needs, until the attachment is released."""
-        return Attachment(self, method)
+    def attach(self, method: Method, cuts: bool = False) -> "Attachment":
+        """Route the model's attention through fewer, with what the method needs, until the attachment is released.
+        `cuts`: something decides between layers who goes on."""
+        return Attachment(self, method, cuts)
 
 
 def _remember(host: Host, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -176,7 +177,7 @@ _users: dict[int, list[Any]] = {}
 class Attachment:
     """One user of a model's rerouted attention. The last user of a config puts it back."""
 
-    def __init__(self, host: Host, method: Method) -> None:
+    def __init__(self, host: Host, method: Method, cuts: bool) -> None:
         self.hooks: list[Any] = []
         if any(getattr(need, "hidden", False) for need in method.needs):
             self.hooks += [
@@ -186,7 +187,7 @@ class Attachment:
             from fewer.adapters.hf_probe import after_forward  # which builds on this file
 
             self.hooks.append(host.model.register_forward_hook(after_forward, with_kwargs=True))
-        if getattr(method, "shortens", None) is not None:
+        if cuts or getattr(method, "shortens", None) is not None:
             from fewer.adapters import hf_shorten  # which builds on this file
 
             self.hooks += hf_shorten.hooks(host)

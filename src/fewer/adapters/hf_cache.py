@@ -65,7 +65,7 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         self._attach()
 
     def _attach(self) -> None:
-        self._attachment = self.shared.host.attach(self.shared.policy.method)
+        self._attachment = self.shared.host.attach(self.shared.policy.method, self.shared.policy.cutter is not None)
         self._release = finalize(self, self._attachment.release)
 
     def save(self, path: str | Path) -> None:
@@ -101,6 +101,8 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
                 store.check(host.head_dim, getattr(host.config, "v_head_dim", None) or host.head_dim)
         layers, ours = host.layers(), host.plain_layers()
         self.shared = Shared(host, policy, sum(ours))
+        if policy.cutter is not None:
+            self.shared.cutter = policy.cutter(self.shared)
         place = 0
         for index, mine in enumerate(ours):
             if mine:
@@ -115,6 +117,8 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
             self.shared.notes.append(f"{len(layers) - place} sliding-window layers are left alone")
         if getattr(policy.method, "shortens", None) is not None:
             self.shared.notes.append(hf_shorten.prepare(host, policy.method, layers))
+        if self.shared.cutter is not None and self.shared.cutter.after:
+            hf_shorten.prepare_later(min(self.shared.cutter.after), layers)
         super().__init__(layers=layers)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # its books are Python; the layers around it compile
@@ -124,7 +128,8 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
                 "an earlier forward with this cache failed half way, so that some layers have read tokens which "
                 "others have not; make the cache anew"
             )
-        if layer_idx == 0:
+        passed = self.shared.passed
+        if layer_idx == 0 and passed is not None and 0 not in passed.seen:
             self.shared.passed = None  # of a forward that failed
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
@@ -269,7 +274,8 @@ class Run:
                 raise FewerError(
                     f"{name} has shape {tuple(kwargs[name].shape)}: an empty prompt has nothing to compress"
                 )
-        if not (model.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]):
+        config = model.config.get_text_config(decoder=True)
+        if not (config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]):
             raise FewerError("use_cache is off, so there is no cache to compress; leave it on inside fewer.compress")
         past = kwargs.get("past_key_values")
         if past is None or (type(past) is cache_utils.DynamicCache and past.get_seq_length() == 0):
@@ -297,7 +303,7 @@ def session(model: Any, policy: Policy) -> Iterator[Run]:
         raise FewerError(f"this {type(model).__name__} is inside fewer.compress already; leave that context first")
     _in_use.add(model)
     handle = model.register_forward_pre_hook(run.hook, with_kwargs=True)  # first, so that others see its cache
-    attachment = host.attach(policy.method)
+    attachment = host.attach(policy.method, policy.cutter is not None)
     try:
         yield run
     finally:

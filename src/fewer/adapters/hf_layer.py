@@ -22,6 +22,7 @@ from fewer.adapters.hf_shorten import Passed, pass_on
 from fewer.codec import unpacked
 from fewer.ragged import Dense, runs
 from fewer.signals import Step
+from fewer.signals.visual import VisualEntries
 from fewer.types import FewerError, Method, Phase, Site, Tokens, UnsupportedModel
 
 
@@ -128,6 +129,8 @@ class Layer(Held):  # type: ignore[no-untyped-call]
             self._count(shared.padding(mask, b, q), b, q)
         else:
             self._count_passed(passed, b, q)
+        if shared.cutter is not None and self.index in shared.cutter.after and q > 1:
+            shared.witness = query, self._dense(), scaling  # now, as it may be cut in a moment
         if policy.covers(phase) and not shared.frozen:
             self._observe(query, scaling, softcap)
             if some:  # who takes part is seen from what was observed
@@ -216,6 +219,8 @@ class Layer(Held):  # type: ignore[no-untyped-call]
         positions, hidden = self._tail()
         step = self._step(query, positions[:, -q:], hidden[:, -q:], self._dense_parts, scaling, softcap)
         for need in self.shared.policy.method.needs:
+            if isinstance(need, VisualEntries):  # which is not watched, but known
+                continue
             start = self._clock()
             self.observers.setdefault(need, need.start()).observe(step)
             self.watched[need] = self.watched.get(need, 0.0) + self._clock() - start
@@ -272,6 +277,8 @@ class Layer(Held):  # type: ignore[no-untyped-call]
             if isinstance(value, Tensor):  # a number for each key; keys that were not observed have none yet
                 value = torch.nn.functional.pad(value, (0, n - value.shape[-1])).gather(-1, order)
             signals[type(need)] = value
+        if self.shared.cutter is not None and any(isinstance(need, VisualEntries) for need in method.needs):
+            signals[VisualEntries] = self.shared.cutter.entries(dense.positions)
         tokens = Tokens(
             features=dense.keys,
             values=dense.values,

@@ -1,6 +1,7 @@
 """What the layers of one cache do, and when; and what they have in common."""
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast
 from weakref import ref
@@ -14,7 +15,7 @@ from fewer.types import Budget, FewerError, FewerWarning, Method, Phase, Unsuppo
 
 if TYPE_CHECKING:
     from fewer.adapters.hf_layer import Layer
-    from fewer.adapters.hf_shorten import Passed
+    from fewer.adapters.hf_shorten import Cutter, Passed
 
 When = Literal["prefill", "decode", "both"]
 
@@ -28,6 +29,8 @@ class Policy:
     when: When = "prefill"
     every: int = 64
     stores: Stores = (None,)
+    cutter: "Callable[[Shared], Cutter] | None" = None
+    """Makes what decides between layers, for every cache."""
 
     @classmethod
     def of(
@@ -81,7 +84,7 @@ class Policy:
     def idle(self) -> bool:
         """Whether there is nothing to do, ever: all is kept, and as it is."""
         shortens = getattr(self.method, "shortens", None) is not None  # later layers then hold tokens with gaps
-        return self.budget.whole and not self.packs and self.pairs is None and not shortens
+        return self.budget.whole and not self.packs and self.pairs is None and not shortens and self.cutter is None
 
     @property
     def together(self) -> bool:
@@ -128,10 +131,19 @@ class Shared:
     started: float = 0.0
     passed: "Passed | None" = None
     """Which tokens of the forward under way go on to later layers, where some do not."""
+    cutter: "Cutter | None" = None
+    """Who decides between layers, in a vision-language model, which tokens go on."""
+    witness: tuple[Any, ...] | None = None
+    """What the attention of the layer before the next cut was given."""
     chosen: Tensor | None = None
     """The columns that each query head chose to read in the decoding step under way."""
     _mask: Any = None
     _hidden: Tensor | None = None
+
+    @property
+    def layers_all(self) -> int:
+        """All layers of the model, those that bound their cache by themselves included."""
+        return len(self.host.attentions)
 
     def note(self, text: str) -> None:
         """A remark that the user must hear of once, and that the report repeats."""

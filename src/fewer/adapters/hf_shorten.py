@@ -5,8 +5,9 @@
     Layer.attend there                           takes in fewer columns than the forward has, and counts them all
 
 A method asks for it by `shortens(layers)`, the layer after which fewer tokens are read, and `go_on(tokens, scores)`,
-a plan for a forward's tokens `(b, n)`. Forwards of one token, and of a frozen cache, are left as they are; chunks of a
-prompt and later turns are shortened each by itself.
+a plan for a forward's tokens `(b, n)`. A `Cutter` (of a vision-language model) decides in the pre-hook itself, before
+the first layer or after any, and as often as it likes. Forwards of one token, and of a frozen cache, are left as they
+are; chunks of a prompt and later turns are shortened each by itself.
 
 The model's output keeps its shape: the logits of tokens that stayed behind are no numbers (nan), the others stand in
 their own columns.
@@ -16,7 +17,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from fewer.compress import rate
 from fewer.types import FewerError, UnsupportedModel
 
 if TYPE_CHECKING:
+    from fewer.adapters.hf_cache import Cache
     from fewer.adapters.hf_layer import Layer
 
 FOR_EACH_TOKEN = ("hidden_states", "position_ids", "position_embeddings")
@@ -38,15 +40,19 @@ class Passed:
     """Which tokens of a forward go on. Rows are aligned at their end; -1 fills up those that have fewer.
 
     `columns` are the forward's, of which there are `total`; `ranks` count a row's new tokens from 0, and `new` is how
-    many it has, those included that stay behind.
+    many it has, those included that stay behind. `moved` gives the tokens that go on other positions than they had:
+    what layers are given for each token, by name.
     """
 
     columns: Tensor  # (b, k)
     ranks: Tensor  # (b, k)
     total: int
     new: list[int]
+    moved: dict[str, Any] = field(default_factory=dict)
     seen: set[int] = field(default_factory=set)
     """Layers that were given them: several caches may have hooks on one model."""
+    whole: bool = True
+    """Whether the hidden states on their way are those of all tokens still."""
     _cut: dict[Any, tuple[Any, Any]] = field(default_factory=dict)
 
     @property
@@ -96,6 +102,23 @@ class Passed:
         at = torch.where(self.padding, self.total, self.columns)[:, None, :, None]
         out = x.new_full((*x.shape[:2], self.total + 1, x.shape[3]), fill)  # what fills up rows lands in a spare column
         return out.scatter(2, at.expand_as(x), x)[:, :, : self.total]
+
+
+class Cutter(Protocol):
+    """Decides between layers which tokens go on; `cache.shared.cutter`."""
+
+    @property
+    def after(self) -> frozenset[int]:
+        """The layers after which it decides, -1 for before the first."""
+        ...
+
+    def cut(self, after: int, given: dict[str, Any], cache: "Cache") -> tuple[Passed, Tensor] | None:
+        """Who goes on, and their hidden states `(b, k, d)`, given what the next layer would be; None for all."""
+        ...
+
+    def entries(self, positions: Tensor) -> Any:
+        """The signal `VisualEntries` for a layer's entries at these positions of their rows."""
+        ...
 
 
 @torch.no_grad()
@@ -205,9 +228,14 @@ def _after(host: Host, method: Any) -> int:
 
 def check(host: Host, method: Any) -> None:
     """Raise if the model's later layers cannot be given fewer tokens."""
-    name, after = f"{type(method).__name__} gives later layers fewer tokens", _after(host, method)
+    name = f"{type(method).__name__} gives later layers fewer tokens"
     if any(getattr(need, "probe", False) or getattr(need, "everywhere", False) for need in method.needs):
         raise FewerError(f"{name}, so it cannot have needs that wait for the last of them")
+    check_later(host, name, _after(host, method))
+
+
+def check_later(host: Host, name: str, after: int) -> None:
+    """Raise if the layers after this one cannot be given fewer tokens."""
     later = list(zip(host.layers(), blocks(host), strict=True))[after + 1 :]
     for layer, block in later:
         if not {"hidden_states", "attention_mask"} <= inspect.signature(block.forward).parameters.keys():
@@ -225,20 +253,25 @@ def check(host: Host, method: Any) -> None:
 def prepare(host: Host, method: Any, layers: list[Any]) -> str:
     """Have the cache's later sliding-window layers bear missing tokens; a remark for the report."""
     after = _after(host, method)
-    for index, layer in enumerate(layers[after + 1 :], start=after + 1):
-        if type(layer) is DynamicSlidingWindowLayer:
-            layers[index] = Sliding(layer.sliding_window)
+    prepare_later(after, layers)
     return (
         f"layers after layer {after} read only the tokens of a prompt that go on; no others have logits, and the last "
         f"one always has"
     )
 
 
+def prepare_later(after: int, layers: list[Any]) -> None:
+    """Have sliding-window layers after this one bear missing tokens."""
+    for index, layer in enumerate(layers[after + 1 :], start=after + 1):
+        if type(layer) is DynamicSlidingWindowLayer:
+            layers[index] = Sliding(layer.sliding_window)
+
+
 def hooks(host: Host) -> list[Any]:
     """Hook a model's decoder layers; the hooks act where a cache of ours has let fewer tokens go on."""
     layers = blocks(host)
     made = [host.model.register_forward_pre_hook(_refuse, with_kwargs=True)]
-    for index, block in enumerate(layers[1:], start=1):
+    for index, block in enumerate(layers):
         names = tuple(inspect.signature(block.forward).parameters)
         made.append(block.register_forward_pre_hook(partial(_shorten, index, names), with_kwargs=True))
     made.append(layers[-1].register_forward_hook(_arrived, with_kwargs=True))
@@ -256,15 +289,26 @@ def _shorten(
 ) -> tuple[tuple[()], dict[str, Any]] | None:
     """Before a decoder layer: hand it the tokens that go on, and no others."""
     cache = _cache_of((*kwargs.values(), *args))
-    passed: Passed | None = None if cache is None else cache.shared.passed
+    if cache is None:
+        return None
+    given, shared = {**dict(zip(names, args, strict=False)), **kwargs}, cache.shared
+    if (cutter := shared.cutter) is not None and index - 1 in cutter.after and not shared.frozen:
+        if shared.passed is None or index not in shared.passed.seen:
+            made = cutter.cut(index - 1, given, cache)
+            if made is not None:
+                shared.passed, given["hidden_states"] = made
+                shared.passed.whole = False
+    passed: Passed | None = shared.passed
     if passed is None or index in passed.seen:
         return None
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    first, layer, mask = not passed.seen, cache.layers[index], given.get("attention_mask")
+    layer, mask = cache.layers[index], given.get("attention_mask")
     passed.seen.add(index)
     dtype = given["hidden_states"].dtype
     for name, thing in given.items():
-        if name == "attention_mask" or (name == "hidden_states" and not first):  # which come from the layer before
+        if name == "attention_mask" or (name == "hidden_states" and not passed.whole):
+            continue
+        if name in passed.moved:
+            given[name] = passed.moved[name]
             continue
         own = name == "hidden_states"  # read once, and too large to hold on to
         given[name] = cut = passed.of(thing) if own else passed.once(id(thing), thing, partial(passed.of, thing))
@@ -273,6 +317,7 @@ def _shorten(
                 f"{type(block).__name__} is given {name} that have no entry for each of its {passed.total} tokens, so "
                 f"they cannot be cut down to those that go on"
             )
+    passed.whole = False
     if isinstance(layer, Sliding):
         layer.passed, before = passed, layer.before
     else:
@@ -297,9 +342,12 @@ def _refuse(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     """Before the model: refuse what needs the logits of tokens that may stay behind."""
     given = {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
     cache = _cache_of(given.values())
-    method = None if cache is None or given.get("labels") is None else cache.shared.policy.method
-    if getattr(method, "shortens", None) is not None and not cache.shared.frozen:
+    if cache is None or given.get("labels") is None or cache.shared.frozen:
+        return
+    method = cache.shared.policy.method
+    if getattr(method, "shortens", None) is not None or cache.shared.cutter is not None:
+        name = type(method).__name__ if cache.shared.cutter is None else "shortening a prompt"
         raise FewerError(
-            f"labels: a loss is over all tokens of a prompt, and {type(method).__name__} has logits of those alone "
-            f"that go on to the last layer"
+            f"labels: a loss is over all tokens of a prompt, and {name} has logits of those alone that go on to the "
+            f"last layer"
         )

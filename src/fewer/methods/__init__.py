@@ -68,6 +68,8 @@ from fewer.methods.vit.topk import TopK
 from fewer.methods.vit.turbo import Turbo
 from fewer.methods.vit.ward import Ward
 from fewer.methods.vit.zero_tprune import ZeroTPrune
+from fewer.methods.vlm.fastv import FastV
+from fewer.methods.vlm.visionzip import VisionZip
 from fewer.prompts.source import PromptMethod
 from fewer.types import Method, UnknownName
 
@@ -122,6 +124,8 @@ METHODS: dict[str, type[Any]] = {
     "algm": ALGM,
     "turbo": Turbo,
     "code-token-merging": CodeTokenMerging,
+    "fastv": FastV,
+    "visionzip": VisionZip,
     "truncation": Truncation,
     "tcra": TCRA,
     "provence": Provence,
@@ -139,7 +143,8 @@ METHODS: dict[str, type[Any]] = {
 
 
 def family_of(known: type[Any]) -> str:
-    """What a method's class shortens: "kv" caches, "vit" the tokens of encoders, "prompt" texts, "any" all of them."""
+    """What a method's class shortens: "kv" caches, "vit" the tokens of encoders, "vlm" visual tokens, "prompt" texts,
+    "any" all of them."""
     return known.__module__.split(".")[2] if known.__module__.startswith("fewer.methods.") else "any"
 
 

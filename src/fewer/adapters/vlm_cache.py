@@ -1,0 +1,78 @@
+"""A cache's method that is kept to visual entries: text stays whole, whatever it is worth."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewer.signals.visual import Marked, VisualEntries
+from fewer.types import Allocation, Budget, FewerError, Matching, Method, Tokens
+
+OTHERWISE = ("shortens", "among", "reads", "pairs", "whole")
+
+
+@dataclass(frozen=True)
+class OnlyVisual:
+    """Another method's scores and plans, with text protected and the budget counted in visual entries."""
+
+    inner: Method
+
+    def __post_init__(self) -> None:
+        name = type(self.inner).__name__
+        if any(getattr(self.inner, member, None) for member in OTHERWISE):
+            raise FewerError(f"{name} does more to a cache than evict from it, and cannot be kept to visual entries")
+        if getattr(self.inner, "when", "prefill") != "prefill":
+            raise FewerError(f"{name} cuts while it decodes, and visual entries are cut once, when they were read")
+
+    @property
+    def needs(self) -> frozenset[Any]:
+        return self.inner.needs | {VisualEntries()}
+
+    def score(self, tokens: Tokens) -> Any:
+        text = ~tokens.signal(VisualEntries, Marked).visual & ~tokens.padding
+        scores = self.inner.score(tokens)
+        if isinstance(scores, Matching):
+            return scores._replace(value=scores.value.masked_fill(text, torch.inf))
+        return scores.masked_fill(text, torch.inf)
+
+    def allocate(self, tokens: Tokens, scores: Any, budget: Budget) -> Allocation:
+        """Row by row, since rows differ in how much text they have."""
+        marked = tokens.signal(VisualEntries, Marked)
+        rows = []
+        for row, wanted in enumerate(marked.wanted):
+            there = ~tokens.padding[row : row + 1]
+            text = int((there & ~marked.visual[row : row + 1]).sum(-1).max())
+            mine = replace(
+                tokens,
+                features=tokens.features[row : row + 1],
+                values=None if tokens.values is None else tokens.values[row : row + 1],
+                positions=tokens.positions[row : row + 1],
+                padding=tokens.padding[row : row + 1],
+                protected=tokens.protected[row : row + 1],
+                mass=None if tokens.mass is None else tokens.mass[row : row + 1],
+                seen=tokens.seen[row : row + 1],
+            )
+            own = (
+                scores._replace(**{k: v[row : row + 1] for k, v in scores._asdict().items()})
+                if isinstance(scores, Matching)
+                else scores[row : row + 1]
+            )
+            rows.append(self.inner.allocate(mine, own, Budget(budget.keep, tokens=text + wanted)))
+        floors = [one.floor for one in rows]
+        floor = torch.cat([f for f in floors if f is not None]) if all(f is not None for f in floors) else None
+        note = "; ".join(sorted({one.note for one in rows if one.note}))
+        return Allocation(torch.cat([one.counts for one in rows]), floor, note)
+
+    def reduce(self, tokens: Tokens, scores: Any, allocation: Allocation) -> Any:
+        return self.inner.reduce(tokens, scores, allocation)
+
+
+def marked(marks: list[Tensor], wanted: list[int], positions: Tensor) -> Marked:
+    """The visual entries among what a layer holds, by the place that each had in its row."""
+    longest = max(map(len, marks))
+    table = torch.stack([torch.nn.functional.pad(row, (0, longest - len(row))) for row in marks]).to(positions.device)
+    b, h, n = positions.shape
+    at = positions.clamp(min=0, max=longest - 1)
+    visual = table.unsqueeze(1).expand(b, h, longest).gather(-1, at) & (positions >= 0) & (positions < longest)
+    return Marked(visual, tuple(wanted))

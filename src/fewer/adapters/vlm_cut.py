@@ -1,0 +1,346 @@
+"""Visual tokens that leave a prompt before the language model's first layer, or after any.
+
+    scene (rows of pictures)  ->  for each picture: Tokens -> step() -> Plan  ->  Passed, and the states that go on
+
+A cut takes the visual tokens that are left, asks the stage that acts there, folds what joins, and drops the rest and
+the separators between them. Text always goes on.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fewer.adapters.hf_shorten import Passed
+from fewer.adapters.vlm_cache import marked
+from fewer.adapters.vlm_scene import Picture
+from fewer.adapters.vlm_stages import Stages
+from fewer.compress import step
+from fewer.signals.visual import Layout, Looked, Marked, Places, Question, TextAttention, Tower, TowerView
+from fewer.types import Budget, MissingSignal, Reduction, Site, Tokens
+
+if TYPE_CHECKING:
+    from fewer.adapters.hf_cache import Cache
+    from fewer.adapters.hf_policy import Shared
+
+
+@dataclass
+class Cutter:
+    """The cuts of one cache."""
+
+    stages: Stages
+    shared: "Shared"
+    positions: str = "keep"
+    turn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    """The text model's rotary table for states and positions."""
+    rows: list[list[Picture]] = field(default_factory=list)
+    padding: Tensor | None = None
+    ids: Tensor | None = None
+    places: Tensor | None = None
+    """Position ids of the forward, as the text model got them."""
+    deep: list[Tensor] = field(default_factory=list)
+    """What the first layers add to their outputs (deep-stack), one for each token."""
+    shift: Tensor | None = None
+    """By how much later tokens of each row come earlier, where positions are made compact."""
+    counts: list[float] = field(default_factory=list)
+    """Visual tokens that each layer read, of the latest forward with pictures."""
+    plans: list[tuple[int, int, int, Reduction]] = field(default_factory=list)
+    """After which layer, in which row, for which picture of it (-1: all of them), what was decided."""
+    marks: list[Tensor] = field(default_factory=list)
+    """For each row, which of its tokens so far were visual, padding not counted."""
+    wanted: list[int] = field(default_factory=list)
+    """For each row, how many of them a cache may keep."""
+    pictures: list[list[Picture]] = field(default_factory=list)
+    """The pictures of every row, of the latest forward with any, with those of their tokens that are left."""
+    had: int = 0
+    tokens: int = 0
+    """Visual tokens, and all tokens, of that forward."""
+    seconds: float = 0.0
+
+    @property
+    def after(self) -> frozenset[int]:
+        return frozenset(self.stages.at)
+
+    def __deepcopy__(self, memo: Any) -> "Cutter":
+        return Cutter(self.stages, memo.get(id(self.shared), self.shared), self.positions, self.turn, shift=self.shift)
+
+    def begin(self, ids: Tensor, rows: list[list[Picture]], padding: Tensor, places: Tensor | None) -> None:
+        """A forward with these pictures starts."""
+        self.ids, self.rows, self.padding, self.places = ids, rows, padding, places
+        self.deep, self.plans, self.seconds = [], [], 0.0
+        self.had = sum(len(one.columns) + len(one.separators) for row in rows for one in row)
+        self.tokens = int((~padding).sum())
+        self.counts = [float(self.had)] * self.shared.layers_all
+
+    def mark(self, real: Tensor) -> None:
+        """Take the tokens of a forward into the books: `real` `(b, q)` are no padding."""
+        if not self.marks:
+            self.marks = [real.new_zeros(0, dtype=torch.bool)] * len(real)
+            self.wanted = [0] * len(real)
+        rows: list[list[Picture]] = self.rows or [[]] * len(real)
+        for row, pictures in enumerate(rows):
+            visual = torch.zeros_like(real[row])
+            for one in pictures:
+                visual[one.columns] = visual[one.separators] = True
+            self.marks[row] = torch.cat([self.marks[row], visual[real[row]]])
+            had = [len(one.columns) for one in pictures]
+            budget = self.stages.budget
+            self.wanted[row] += sum(map(budget.count, had)) if self.stages.per == "picture" else budget.count(sum(had))
+
+    def entries(self, positions: Tensor) -> Marked:
+        """Which of the entries at these positions `(b, h, n)` of their rows are visual."""
+        return marked(self.marks, self.wanted, positions)
+
+    def finish(self) -> None:
+        """That forward is over."""
+        self.pictures = [[replace(one, views={}) for one in row] for row in self.rows]
+        self.end()
+
+    def end(self) -> None:
+        """Hold nothing of a forward."""
+        self.rows, self.ids, self.places, self.padding, self.deep = [], None, None, None, []
+
+    # --- one cut ---
+
+    @torch.no_grad()
+    def cut(self, after: int, given: dict[str, Any], cache: "Cache") -> tuple[Passed, Tensor] | None:
+        """Who goes on, and with what states."""
+        states: Tensor = given["hidden_states"]
+        if not any(self.rows) or self.stages.whole:
+            return None
+        start = perf_counter()
+        assert self.padding is not None and self.ids is not None
+        (b, k, _), passed, total = states.shape, cache.shared.passed, self.ids.shape[1]
+        if passed is None:
+            columns = torch.arange(total, device=states.device).expand(b, k).masked_fill(self.padding, -1)
+        else:
+            columns = passed.columns
+        for stage in self.stages.at[after]:
+            kept: list[Tensor] = []
+            moved: dict[int, Tensor] = {}
+            states, deep = states.clone(), [one.clone() for one in self.deep]
+            for row in range(b):
+                where = states.new_full((total,), -1, dtype=torch.long)
+                real = columns[row] >= 0
+                where[columns[row][real]] = real.nonzero().flatten()
+                gone = self._row(stage, after, row, where, states, deep, given, cache, moved)
+                stays = real.clone()
+                stays[gone] = False
+                kept.append(stays.nonzero().flatten())
+            longest = max(map(len, kept))
+            index = torch.stack([torch.nn.functional.pad(at, (longest - len(at), 0), value=-1) for at in kept])
+            if longest == k and b == 1 and not moved:
+                continue
+            columns = torch.where(index < 0, -1, columns.gather(1, index.clamp(min=0)))
+            k = longest
+            states, self.deep = _gather(states, index), [_gather(one, index) for one in deep]
+        cut = self._passed(columns, total, passed)
+        self._place(cut, states, given, after)
+        left = sum(len(one.alive) for row in self.rows for one in row)
+        self.counts[after + 1 :] = [float(left)] * (len(self.counts) - after - 1)
+        cache.shared.witness = None
+        self.seconds += perf_counter() - start
+        return cut, states
+
+    def _row(
+        self, stage: Any, after: int, row: int, where: Tensor, states: Tensor, deep: list[Tensor],
+        given: dict[str, Any], cache: "Cache", moved: dict[int, Tensor],
+    ) -> Tensor:  # fmt: skip
+        """One row: every picture alone, or all as one. What leaves, by its place in `states`; what joins is folded."""
+        pictures = self.rows[row]
+        gone = [where[one.separators] for one in pictures]
+        gone = [at[at >= 0] for at in gone]
+        groups = [[one] for one in pictures] if self.stages.per == "picture" else [pictures] * bool(pictures)
+        for number, group in enumerate(groups):
+            columns = torch.cat([one.columns[one.alive] for one in group])
+            at = where[columns]
+            had = sum(len(one.columns) for one in group)
+            count = stage.count(after, had, len(at))
+            if count >= len(at):
+                continue
+            tokens = self._tokens(stage.method, after, row, group, at, states, given, cache)
+            plan: Reduction = step(stage.method, Budget(count, tokens=count), tokens)
+            survivors = plan.survivors[0]
+            survivors = survivors[survivors >= 0]
+            self.plans.append((after, row, number if self.stages.per == "picture" else -1, plan))
+            if plan.folds:
+                for features in (states, *deep):
+                    features[row, at[survivors]] = plan.apply(features[row, at].unsqueeze(0))[0, : len(survivors)]
+                if self.positions == "centroid":
+                    self._centre(row, columns, plan)
+            stays = torch.zeros(len(at), dtype=torch.bool, device=at.device)
+            stays[survivors] = True
+            gone.append(at[~stays])
+            first = 0
+            for one in group:
+                n = len(one.alive)
+                one.alive = one.alive[stays[first : first + n]]
+                first += n
+        return torch.cat(gone) if gone else where[:0]
+
+    def _tokens(
+        self, method: Any, after: int, row: int, group: list[Picture], at: Tensor, states: Tensor,
+        given: dict[str, Any], cache: "Cache",
+    ) -> Tokens:  # fmt: skip
+        layout = Layout.join([one.layout for one in group])
+        sizes = [len(one.layout) for one in group]
+        alive = torch.cat([one.alive + sum(sizes[:i]) for i, one in enumerate(group)])
+        layout = layout.take(alive)
+        signals: dict[type, Any] = {}
+        for need in method.needs:
+            if isinstance(need, Places):
+                signals[Places] = layout
+            elif isinstance(need, Tower):
+                signals[Tower] = TowerView.join([one.views[need] for one in group]).take(alive)
+            elif isinstance(need, Question):
+                signals[Question] = states[row : row + 1, self._text(row, at, states)[0]]
+            elif isinstance(need, TextAttention):
+                signals[TextAttention] = self._looked(method, row, at, states, given, cache)
+            else:
+                raise MissingSignal(
+                    f"{type(method).__name__} needs {type(need).__name__}, which is not gathered for visual tokens"
+                )
+        n, device = len(at), at.device
+        places = list(self.stages.at)
+        site = Site(after, self.shared.layers_all, "prefill", 0, layout.grid, places.index(after), len(places))
+        none = torch.zeros(1, n, dtype=torch.bool, device=device)
+        return Tokens(
+            states[row, at].unsqueeze(0), torch.arange(n, device=device).unsqueeze(0), none, none,
+            torch.tensor([n], device=device), signals=signals, site=site,
+        )  # fmt: skip
+
+    def _text(self, row: int, at: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        """The row's text tokens that ask: those after its first picture, or all; and those that come after it."""
+        assert self.padding is not None
+        visual = torch.cat([torch.cat([one.columns, one.separators]) for one in self.rows[row]])
+        real = ~self.padding[row]
+        text = real.clone()
+        text[visual] = False
+        index = text.nonzero().flatten()
+        asks = index[index > visual.min()]
+        return (asks if len(asks) else index), index
+
+    def _looked(
+        self, method: Any, row: int, at: Tensor, states: Tensor, given: dict[str, Any], cache: "Cache"
+    ) -> Looked:
+        if cache.shared.witness is None:
+            raise MissingSignal(
+                f"{type(method).__name__} reads the attention of a layer before its cut, and there is none before the "
+                "first layer"
+            )
+        query, dense, scaling = cache.shared.witness
+        assert self.ids is not None
+        k, n = query.shape[2], dense.keys.shape[2]
+        real = ~dense.padding[row, 0]
+        rank = real.cumsum(0) - 1  # every column's place among the keys that are there
+        before = int(real[: n - k].sum())
+        _, text = self._text(row, at, states)
+        asks, _ = self._text(row, at, states)
+        where = self._where(row, states.device, cache)
+        text_at = where[text]
+        cos, sin = _tables(given, cache.shared.passed, row)
+        mine = real[n - k :]
+        key = dense.keys[row][:, real]
+        fresh = dense.keys[row][:, n - k :]
+        return Looked(
+            query[row][:, text_at], key,
+            _unturned(query[row], cos, sin)[:, text_at], _unturned(fresh, cos, sin)[:, mine],
+            rank[n - k + at], rank[n - k + text_at], before, states[row, text_at], torch.isin(text, asks), scaling,
+        )  # fmt: skip
+
+    def _where(self, row: int, device: Any, cache: "Cache") -> Tensor:
+        """Every column's place among the states on their way."""
+        assert self.ids is not None and self.padding is not None
+        passed, total = cache.shared.passed, self.ids.shape[1]
+        columns = torch.arange(total, device=device) if passed is None else passed.columns[row]
+        real = columns >= 0 if passed is not None else ~self.padding[row]
+        where = torch.full((total,), -1, dtype=torch.long, device=device)
+        where[columns[real]] = real.nonzero().flatten()
+        return where
+
+    # --- what follows from a cut ---
+
+    def _passed(self, columns: Tensor, total: int, before: Passed | None) -> Passed:
+        assert self.padding is not None
+        ranks = (~self.padding).cumsum(1) - 1
+        new = (~self.padding).sum(1).tolist()
+        return Passed(
+            columns, ranks.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, -1), total, new,
+            {} if before is None else dict(before.moved), set() if before is None else set(before.seen),
+        )  # fmt: skip
+
+    def _place(self, cut: Passed, states: Tensor, given: dict[str, Any], after: int) -> None:
+        """Other positions than the old ones, where they were asked for: for this cut and all that follow."""
+        if self.positions == "keep":
+            return
+        assert self.places is not None and self.turn is not None
+        if self.positions == "compact":
+            self.places, self.shift = self._compacted(cut)
+        at = cut.columns.clamp(min=0)
+        mine = self.places.gather(-1, at.expand(*self.places.shape[:-1], at.shape[-1]))
+        axes = mine[-3:] if mine.ndim == 3 else mine  # the first of four rows numbers the tokens, for masks
+        cut.moved = {"position_embeddings": self.turn(states, axes)}
+        if given.get("position_ids") is not None:
+            cut.moved["position_ids"] = given["position_ids"].gather(-1, at)
+
+    def _centre(self, row: int, columns: Tensor, plan: Reduction) -> None:
+        """Survivors move to the mean place of all that they took in."""
+        assert self.places is not None
+        if not self.places.is_floating_point():
+            self.places = self.places.float()
+        survivors = plan.survivors[0][plan.survivors[0] >= 0]
+        mine = self.places[..., row, columns].reshape(-1, len(columns)).T  # (n, axes)
+        both = plan.apply(torch.cat([mine, torch.ones_like(mine[:, :1])], 1).unsqueeze(0))[0, : len(survivors)]
+        mean = (both[:, :-1] / both[:, -1:]).T
+        self.places[..., row, columns[survivors]] = mean.view(*self.places.shape[:-2], len(survivors))
+
+    def _compacted(self, cut: Passed) -> tuple[Tensor, Tensor]:
+        """Positions without gaps: text goes on by ones; every run of visual tokens is ranked, axis by axis, and what
+        comes next starts after the highest rank. And by how much what comes later is moved."""
+        assert self.places is not None
+        places, shift = self.places.clone(), []
+        flat = places if places.ndim == 3 else places.unsqueeze(0)
+        for row, pictures in enumerate(self.rows):
+            columns = cut.columns[row][cut.columns[row] >= 0]
+            visual = torch.zeros(flat.shape[-1], dtype=torch.bool, device=columns.device)
+            for one in pictures:
+                visual[one.columns] = True
+            marks = visual[columns]
+            edges = [0, *((marks.diff() != 0).nonzero().flatten() + 1).tolist(), len(columns)]
+            now = int(flat[-1, row, columns[0]])
+            for begin, end in pairwise(edges):
+                run = columns[begin:end]
+                ranks = [torch.unique(axis[run], return_inverse=True)[1] for axis in flat[:, row]]
+                flat[:, row, run] = now + torch.stack(ranks).to(flat.dtype)
+                now += 1 + max(int(rank.max()) for rank in ranks[-3:])
+            last = self.places[..., row, columns[-1]].max()
+            shift.append(int(last) + 1 - now)
+        return places, torch.tensor(shift, device=places.device)
+
+
+def _unturned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Queries or keys `(heads, n, d)` without the turn by their positions, which halves of the features share."""
+    d = cos.shape[-1]
+    x, rest = x[..., :d].float(), x[..., d:].float()
+    half = torch.cat([-x[..., d // 2 :], x[..., : d // 2]], -1)
+    return torch.cat([x * cos - half * sin, rest], -1)
+
+
+def _tables(given: dict[str, Any], passed: Passed | None, row: int) -> tuple[Tensor, Tensor]:
+    """The rotary tables `(k, d)` of the row's states."""
+    tables = given.get("position_embeddings") if passed is None else passed.moved.get("position_embeddings")
+    if tables is None and passed is not None:
+        tables = passed.of(given.get("position_embeddings"))
+    if not isinstance(tables, tuple) or len(tables) != 2 or tables[0].ndim != 3:
+        raise MissingSignal("this language model does not hand rotary tables to its layers, so queries stay turned")
+    cos, sin = (table[row % len(table)].float() for table in tables)
+    return cos, sin
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    """Rows' tokens in a new order; what fills up a row is its first token, which nothing looks at."""
+    return x.gather(1, index.clamp(min=0).unsqueeze(-1).expand(*index.shape, x.shape[-1]))

@@ -1,0 +1,279 @@
+"""A vision-language model inside `fewer.compress`: what is encoded is watched, visual tokens are cut on their way.
+
+Taps           the model's feature functions: layouts, and what the tower attends to     (vlm_scene)
+text pre-hook  a forward starts: pictures are matched to their placeholders
+Cutter         before the first layer, or after any: who goes on                          (vlm_cut)
+Cache          what layers hold of those that went on; any cache method on top            (hf_cache)
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewer.adapters import hf_cache, hf_shorten
+from fewer.adapters.hf_bind import Host
+from fewer.adapters.hf_policy import Policy, Shared
+from fewer.adapters.vlm_cache import OnlyVisual
+from fewer.adapters.vlm_cut import Cutter
+from fewer.adapters.vlm_scene import Picture, Taps
+from fewer.adapters.vlm_stages import Stages
+from fewer.cost import Decoder
+from fewer.methods import family_of, name_of, resolve
+from fewer.report import Report
+from fewer.signals.visual import Tower
+from fewer.types import Budget, FewerError, Keep, Method, UnsupportedModel
+
+POSITIONS = ("keep", "compact", "centroid")
+TEXT = ("language_model", "text_model")
+"""What models call their language model."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What `compress` was asked for."""
+
+    keep: Keep | Sequence[Keep] = 1.0
+    per: str | None = None
+    counted: str | None = None
+    positions: str | None = None
+    only: str | None = None
+    when: str | None = None
+    every: int | None = None
+    store: Any = None
+
+
+@dataclass(frozen=True)
+class VisualReport:
+    """What shortening the visual tokens of the latest prompt saved and cost.
+
+    `read` is how many visual tokens each layer of the language model read, separators counted, of `had` in the prompt;
+    `flops` is the share that is left of the FLOPs of the language model's layers, all rows taken as one; `seconds` is
+    what deciding took; `first_token` the time from the start of the language model's first forward to its end; `cache`
+    the report of the key-value cache.
+    """
+
+    methods: tuple[str, ...]
+    keep: Any
+    had: int
+    read: tuple[float, ...]
+    seconds: float
+    first_token: float
+    flops: float
+    cache: Report
+
+    @property
+    def mean(self) -> float:
+        """Visual tokens that a layer read, on average: the number to compare methods by."""
+        return sum(self.read) / len(self.read)
+
+    def __str__(self) -> str:
+        return (
+            f"{' + '.join(self.methods)} keep={self.keep}: layers read {self.mean:.1f} of {self.had} visual tokens on "
+            f"average, the last one {self.read[-1]:.0f}; {self.flops:.1%} of the prefill's FLOPs; deciding took "
+            f"{self.seconds * 1000:.1f} ms of {self.first_token * 1000:.1f} ms to the first token\n{self.cache}"
+        )
+
+
+class Run:
+    """The handle of one `fewer.compress` context on a vision-language model."""
+
+    def __init__(self, model: Any, named: Sequence[str], stages: Stages, taps: Taps, inner: hf_cache.Run) -> None:
+        self.named, self.stages, self.taps, self.inner = named, stages, taps, inner
+        self.started, self.first_token = 0.0, 0.0
+        self.cost = Decoder.of(model)
+        self.ids: Tensor | None = None
+        self.mask: Tensor | None = None
+
+    @property
+    def cutter(self) -> Cutter:
+        cache = self.inner.cache
+        if cache is None:
+            raise FewerError("nothing was compressed yet: run the model inside the context first")
+        cutter = cache.shared.cutter
+        assert isinstance(cutter, Cutter)
+        return cutter
+
+    @property
+    def plan(self) -> list[tuple[int, int, int, Any]]:
+        """Every decision about the latest pictures: after which layer (-1: before the first), in which row, for which
+        picture (-1: all of the row), and the plan."""
+        return list(self.cutter.plans)
+
+    @property
+    def kept(self) -> list[list[Tensor]]:
+        """For each row and each of its pictures, which of its tokens the last layer read."""
+        return [[one.alive for one in row] for row in self.pictures]
+
+    @property
+    def pictures(self) -> list[list[Picture]]:
+        """For each row its pictures: their layout, their columns in the prompt, and which of their tokens are left."""
+        return self.cutter.pictures
+
+    @property
+    def report(self) -> VisualReport:
+        """What the latest prompt with pictures saved and cost."""
+        cutter, cache = self.cutter, self.inner.report
+        layers, text = len(cutter.counts), cutter.tokens - cutter.had
+        flops = sum(self.cost.layer_flops(text + count) for count in cutter.counts)
+        flops /= layers * self.cost.layer_flops(cutter.tokens)
+        return VisualReport(
+            tuple(self.named), self.stages.budget.keep, cutter.had, tuple(cutter.counts),
+            cutter.seconds, self.first_token, flops, cache,
+        )  # fmt: skip
+
+    # --- hooks ---
+
+    def before_model(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The whole model is called: remember the prompt."""
+        self.ids = kwargs.get("input_ids", args[0] if args else None)
+        self.mask = kwargs.get("attention_mask")
+
+    def before_text(self, text: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The language model is called: its pictures are known by now."""
+        cache = next((one for one in kwargs.values() if isinstance(one, hf_cache.Cache)), None)
+        if cache is None or cache.shared.probing:
+            return None
+        self.started = perf_counter()
+        cutter, states = cache.shared.cutter, kwargs["inputs_embeds"]
+        assert isinstance(cutter, Cutter)
+        cache.shared.passed = None  # of a forward that failed
+        seen, (b, q, _) = cache.get_seq_length(), states.shape
+        cutter.end()
+        if cutter.shift is not None and seen:
+            places = _positions(kwargs, cache, b, q, states.device)
+            kwargs["position_ids"] = places - cutter.shift.view(-1, 1)
+        padding = torch.zeros(b, q, dtype=torch.bool, device=states.device)
+        if self.mask is not None and self.mask.ndim == 2:
+            padding = self.mask[:, -q:] == 0
+        if q == 1 and seen:
+            cutter.mark(~padding)
+            return args, kwargs
+        if self.ids is None:
+            raise FewerError(
+                "inputs_embeds were passed without input_ids, and only these say where pictures are: pass input_ids "
+                "inside fewer.compress"
+            )
+        ids = self.ids[:, -q:]
+        rows = self.taps.scene(ids)
+        if not any(rows):
+            if not seen:
+                raise FewerError(
+                    "this prompt has no pictures, so there are no visual tokens to shorten; leave fewer.compress, or "
+                    "use a method of `fewer methods --family kv` alone"
+                )
+            cutter.mark(~padding)
+            return args, kwargs
+        cutter.begin(ids, rows, padding, _positions(kwargs, cache, b, q, states.device))
+        cutter.mark(~padding)
+        if (deep := kwargs.get("deepstack_visual_embeds")) is not None and not self.stages.whole:
+            shown = kwargs["visual_pos_masks"]
+            for one in deep:
+                wide = torch.zeros_like(states)
+                wide[shown] = one.to(wide)
+                cutter.deep.append(wide)
+            kwargs["deepstack_visual_embeds"] = kwargs["visual_pos_masks"] = None
+        return args, kwargs
+
+    def after_block(self, index: int, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Deep-stack: what the first layers add to their outputs, for the tokens that are there."""
+        cache = next((one for one in kwargs.values() if isinstance(one, hf_cache.Cache)), None)
+        cutter = None if cache is None else cache.shared.cutter
+        if not isinstance(cutter, Cutter) or index >= len(cutter.deep) or not cutter.rows:
+            return None
+        assert isinstance(output, Tensor)
+        return output + cutter.deep[index].to(output)
+
+    def after_text(self, text: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        cache = next((one for one in kwargs.values() if isinstance(one, hf_cache.Cache)), None)
+        if cache is not None and isinstance(cache.shared.cutter, Cutter) and cache.shared.cutter.rows:
+            self.first_token = perf_counter() - self.started
+            cache.shared.cutter.finish()
+
+
+def _positions(kwargs: dict[str, Any], cache: Any, b: int, q: int, device: Any) -> Tensor:
+    """The position ids of a forward, as the text model would count them where it is given none."""
+    given: Tensor | None = kwargs.get("position_ids")
+    if given is None:
+        given = torch.arange(q, device=device) + int(cache.get_seq_length())
+    return given.expand(*given.shape[:-2], b, q)
+
+
+def text_of(base: nn.Module) -> Any:
+    """The language model inside a vision-language model."""
+    found = [getattr(base, name) for name in TEXT if isinstance(getattr(base, name, None), nn.Module)]
+    if not found:
+        raise UnsupportedModel(f"{type(base).__name__} has no language model under the names {', '.join(TEXT)}")
+    return found[0]
+
+
+def _kinds(methods: Sequence[Any], only: str | None) -> tuple[list[Method], Method | None]:
+    """The stages that cut, and the one that cuts the cache, which comes last."""
+    chosen = [resolve(one) for one in methods]
+    if not chosen:
+        raise FewerError("compress(method=[]): name at least one stage")
+    if only not in (None, "visual"):
+        raise FewerError(f"only={only!r}: a cache's method may be kept to 'visual' entries")
+    families = [family_of(type(one)) for one in chosen]
+    for one, family in zip(chosen, families, strict=True):
+        if family == "vit":
+            raise UnsupportedModel(
+                f"{name_of(one)!r} shortens an encoder; give it the vision tower by itself, or name a method of "
+                "`fewer methods --family vlm`"
+            )
+    caching = [i for i, family in enumerate(families) if family == "kv"]
+    if caching and caching != [len(chosen) - 1]:
+        raise FewerError(f"of the stages {[name_of(one) for one in chosen]} only the last one may cut the cache")
+    return (chosen[:-1], chosen[-1]) if caching else (chosen, None)
+
+
+@contextmanager
+def session(model: Any, methods: Sequence[Any], asked: Asked) -> Iterator[Run]:
+    """Shorten this model's visual tokens until the context is left."""
+    positions = asked.positions or "keep"
+    if positions not in POSITIONS:
+        raise FewerError(f"positions={positions!r}: known ways are {', '.join(POSITIONS)}")
+    cutting, caching = _kinds(methods, asked.only)
+    host = Host.of(model)
+    stages = Stages(
+        cutting, asked.keep, len(host.attentions), asked.per or "picture", asked.counted or "last", caching is not None
+    )
+    if positions == "compact" and any(after != -1 for after in stages.at):
+        raise FewerError(
+            "positions='compact' renumbers a prompt before its first layer, and these methods cut inside: leave it out"
+        )
+    if caching is None and (asked.when or asked.every):
+        raise FewerError("compress(when=..., every=...) are for a cache's method, and none is among the stages")
+    text = text_of(model.base_model)
+    needs = frozenset(need for one in cutting for need in one.needs if isinstance(need, Tower))
+    taps = Taps(model, needs)
+
+    def made(shared: Shared) -> Cutter:
+        return Cutter(stages, shared, positions, text.rotary_emb)
+
+    inside = resolve("full") if caching is None or stages.whole else OnlyVisual(caching)
+    policy = Policy.of(inside, Budget.parse(1.0), asked.when, asked.every, asked.store)
+    policy = replace(policy, cutter=made)
+    named = [name_of(one) for one in (*cutting, *([caching] if caching is not None else []))]
+    if stages.at:
+        hf_shorten.check_later(host, f"{' + '.join(named)} shortens a prompt", min(stages.at))
+    with ExitStack() as leaving:
+        inner = leaving.enter_context(hf_cache.session(model, policy))
+        leaving.enter_context(taps.attached())
+        run = Run(model, named, stages, taps, inner)
+        for hook in (
+            model.register_forward_pre_hook(run.before_model, with_kwargs=True),
+            text.register_forward_pre_hook(run.before_text, with_kwargs=True),
+            text.register_forward_hook(run.after_text, with_kwargs=True),
+            *(
+                block.register_forward_hook(partial(run.after_block, index), with_kwargs=True)
+                for index, block in enumerate(hf_shorten.blocks(host))
+            ),
+        ):
+            leaving.callback(hook.remove)
+        yield run
