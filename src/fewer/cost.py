@@ -69,7 +69,7 @@ class Decoder:
         attention = 2 * 2 * self.layers * self.heads * self.head_dim * tokens * (tokens + 1) // 2
         return 2 * self.parameters * tokens + attention
 
-    def layer_flops(self, tokens: float) -> float:
+    def layer_flops(self, tokens: float | int) -> float:
         """One layer that so many tokens pass, causally; embeddings and the output matrix are in no layer."""
         inside = (self.parameters - self.embedding) / self.layers
         return 2 * inside * tokens + 2 * self.heads * self.head_dim * tokens * (tokens + 1)

@@ -170,3 +170,255 @@ def test_a_padded_row_is_the_row_alone(case: vlms.Case) -> None:
                 own = case.model(**alone).logits
             assert torch.equal(run.kept[0][0], kept[row][0])
             torch.testing.assert_close(own[0], got[row][there], atol=CLOSE, rtol=0, equal_nan=True)
+
+
+@torch.no_grad()
+def test_budgets() -> None:
+    case = vlms.llava()
+    inputs = case.inputs([2, 1])
+    for keep, per, expected in ((5, "picture", [[5, 5], [5]]), (10, "prompt", None), (0.25, "picture", [[9, 9], [9]])):
+        with fewer.compress(case.model, "random", keep=keep, per=per) as run:
+            case.model(**inputs)
+        counts = [[len(kept) for kept in row] for row in run.kept]
+        assert counts == expected or (per == "prompt" and [sum(row) for row in counts] == [10, 10])
+        assert run.report.mean == sum(map(sum, counts)), "before the first layer, so every layer read as many"
+    with fewer.compress(case.model, ["random", "fastv"], keep=[0.5, 4]) as run:
+        case.model(**inputs)
+    assert run.report.read == (54, 54, 12, 12, 12) and run.report.had == 108
+    with fewer.compress(case.model, ["random", "fastv"], keep=0.25) as run:  # a half at each
+        case.model(**inputs)
+    assert run.report.read == (54, 54, 27, 27, 27)
+
+
+@torch.no_grad()
+def test_mean_layer() -> None:
+    case = vlms.llava()
+    inputs = case.inputs([1])
+    for keep in (20, 0.5):
+        with fewer.compress(case.model, "fastv", keep=keep, counted="mean") as run:
+            case.model(**inputs)
+        asked = keep if isinstance(keep, int) else 18
+        assert run.report.read[:2] == (36, 36) and asked - 1 < run.report.mean <= asked
+    few = pytest.raises(BudgetError, match=r"before its last cut this reads 15\.0 of 36")
+    with few, fewer.compress(case.model, "fastv", keep=10, counted="mean"):
+        case.model(**inputs)
+
+
+@torch.no_grad()
+def test_a_second_turn_and_a_second_picture() -> None:
+    """A cache goes on: its pictures stay cut, text is read whole, a new picture is cut by itself."""
+    case = vlms.llava()
+    first, again = case.inputs([1]), case.inputs([1], seed=3)
+    with fewer.compress(case.model, "fastv", keep=6) as run:
+        out = case.model(**first)
+        cache, read = out.past_key_values, first["input_ids"].shape[1]
+        assert [layer.kept[0][0] for layer in run.report.cache.layers] == [read, read, *[read - 30] * 3]
+        asks = torch.tensor([[7, 8, 9]])
+        mask = torch.ones(1, read + 3, dtype=torch.long)
+        case.model(input_ids=asks, attention_mask=mask, past_key_values=cache)
+        assert [layer.kept[0][0] for layer in run.report.cache.layers] == [read + 3] * 2 + [read - 27] * 3
+        more = again["input_ids"].shape[1]
+        mask = torch.ones(1, read + 3 + more, dtype=torch.long)
+        case.model(
+            input_ids=again["input_ids"], pixel_values=again["pixel_values"], attention_mask=mask, past_key_values=cache
+        )
+        assert len(run.kept[0][0]) == 6
+        held = [layer.kept[0][0] for layer in run.report.cache.layers]
+        assert held == [read + 3 + more] * 2 + [read + 3 + more - 60] * 3
+
+
+@torch.no_grad()
+def test_generate_in_two_turns_is_generate_with_its_cache() -> None:
+    case = vlms.qwen2_vl()
+    inputs = case.inputs([1])
+    with fewer.compress(case.model, "random", keep=0.5):
+        out = case.model.generate(
+            **inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True, eos_token_id=-1
+        )
+        asks = torch.cat([out.sequences, torch.tensor([[5, 6]])], 1)
+        more = torch.zeros(1, 5, dtype=torch.long)
+        told = {
+            "attention_mask": torch.ones_like(asks),
+            "mm_token_type_ids": torch.cat([inputs["mm_token_type_ids"], more], 1),
+        }
+        second = case.model.generate(
+            input_ids=asks,
+            past_key_values=out.past_key_values,
+            max_new_tokens=2,
+            do_sample=False,
+            eos_token_id=-1,
+            **told,
+        )
+    assert second.shape[1] == asks.shape[1] + 2
+
+
+@torch.no_grad()
+def test_beams(case: vlms.Case) -> None:
+    """Beams share the pictures of their prompt: one beam of several is the greedy answer's own cut."""
+    inputs = case.inputs([1, 2])
+    with fewer.compress(case.model, "random", keep=0.5) as run:
+        case.model.generate(**inputs, max_new_tokens=3, num_beams=2, do_sample=False)
+        beams = run.kept
+        case.model.generate(**inputs, max_new_tokens=1, do_sample=False)
+    assert len(beams) == 4 and len(run.kept) == 2
+    for row in range(4):
+        assert all(torch.equal(a, b) for a, b in zip(beams[row], run.kept[row // 2], strict=True))
+
+
+@torch.no_grad()
+def test_only_visual_entries_leave_the_cache() -> None:
+    case = vlms.llava()
+    inputs = case.inputs([2, 1])
+    text = [int((row != vlms.IMAGE).sum() - (row == vlms.PAD).sum()) for row in inputs["input_ids"]]
+    snapkv = fewer.METHODS["snapkv"](window=4)
+    for method in ("knorm", snapkv, fewer.METHODS["adakv"](snapkv)):
+        with fewer.compress(case.model, method, keep=4, only="visual") as run:
+            case.model(**inputs)
+        for layer in run.report.cache.layers:
+            for row, pictures in enumerate((2, 1)):
+                heads = layer.kept[row]
+                assert sum(heads) == len(heads) * (text[row] + 4 * pictures), method
+    with fewer.compress(case.model, ["random", "fastv", "knorm"], keep=0.125) as run:
+        case.model(**inputs)
+    assert run.report.read == (57, 57, 30, 30, 30), "5 of 36 by three equal steps, each rounded up"
+    for layer in run.report.cache.layers:
+        assert layer.kept == tuple((text[row] + 5 * n,) * 2 for row, n in enumerate((2, 1))), "36 / 8, rounded up"
+
+
+@torch.no_grad()
+def test_only_visual_keeps_text_bit_by_bit() -> None:
+    case = vlms.llava()
+    inputs = case.inputs([1])
+    with fewer.compress(case.model, "knorm", keep=6, only="visual") as run:
+        cache = case.model(**inputs).past_key_values
+    text = (inputs["input_ids"][0] != vlms.IMAGE).nonzero().flatten().tolist()
+    for layer in cache.layers:
+        kept = layer._dense().positions[0]
+        for head in kept:
+            assert set(text) <= set(head.tolist())
+    assert run.report.cache.kept < 1
+
+
+@torch.no_grad()
+def test_compact_positions_are_those_of_a_shorter_prompt() -> None:
+    """Renumbered without gaps, a prompt with a shorter run of placeholders reads the same."""
+    case = vlms.llava()
+    inputs = case.inputs([1])
+    with fewer.compress(case.model, "uniform", keep=9, positions="compact") as run:
+        answer = case.model.generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=-1)
+    features = case.model.model.get_image_features(inputs["pixel_values"])
+    features.pooler_output = [features.pooler_output[0][run.kept[0][0]]]
+    at = (inputs["input_ids"][0] == vlms.IMAGE).nonzero().flatten()
+    ids = torch.cat([inputs["input_ids"][0, : at[9]], inputs["input_ids"][0, at[-1] + 1 :]]).unsqueeze(0)
+    expected = case.model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), mm_encoder_outputs={"image": features},
+        max_new_tokens=4, do_sample=False, eos_token_id=-1,
+    )  # fmt: skip
+    assert answer[0, -4:].tolist() == expected[0, -4:].tolist()
+
+
+@torch.no_grad()
+def test_kept_positions_are_those_of_the_public_door() -> None:
+    """The same through transformers' own arguments: shorter placeholders, features made before, explicit positions."""
+    case = vlms.llava()
+    inputs = case.inputs([1])
+    with fewer.compress(case.model, "uniform", keep=9) as run:
+        got = case.model(**inputs).logits
+    features = case.model.model.get_image_features(inputs["pixel_values"])
+    features.pooler_output = [features.pooler_output[0][run.kept[0][0]]]
+    at = (inputs["input_ids"][0] == vlms.IMAGE).nonzero().flatten()
+    stays = torch.ones(inputs["input_ids"].shape[1], dtype=torch.bool)
+    stays[at] = False
+    stays[at[run.kept[0][0]]] = True
+    places = torch.arange(len(stays))[stays].unsqueeze(0)
+    ids = inputs["input_ids"][:, stays]
+    expected = case.model(
+        input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=places, mm_encoder_outputs={"image": features}
+    ).logits
+    torch.testing.assert_close(got[0, stays], expected[0], atol=CLOSE, rtol=0)
+
+
+@torch.no_grad()
+def test_centroids_of_multimodal_positions() -> None:
+    case = vlms.qwen2_vl()
+    inputs = case.inputs([1])
+    with fewer.compress(case.model, Merging(), keep=0.5, positions="centroid") as run:
+        merged = case.model(**inputs).logits
+    with fewer.compress(case.model, Merging(), keep=0.5) as run:
+        kept = case.model(**inputs).logits
+    assert run.plan[0][3].folds and not torch.equal(merged[:, -1], kept[:, -1])
+
+
+BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"keep": 0.0}, BudgetError, "not a fraction"),
+    ({"keep": "64MB"}, BudgetError, "not by bytes"),
+    ({"keep": [0.5, 0.2]}, BudgetError, "names 2 budgets for 1 stages"),
+    ({"per": "batch"}, FewerError, "per='batch'"),
+    ({"counted": "median"}, BudgetError, "counted='median'"),
+    ({"positions": "old"}, FewerError, "positions='old'"),
+    ({"positions": "compact"}, FewerError, "cut inside"),
+    ({"only": "text"}, FewerError, "only='text'"),
+    ({"method": []}, FewerError, "at least one stage"),
+    ({"method": ["knorm", "fastv"]}, FewerError, "only the last one"),
+    ({"method": ["fastv", "random"]}, FewerError, "in the order in which they act"),
+    ({"method": "tome"}, UnsupportedModel, "shortens an encoder"),
+    ({"method": "snapkv", "per": "picture"}, FewerError, "means nothing for"),
+    ({"schedule": "linear"}, FewerError, "means nothing for visual tokens"),
+    ({"when": "decode"}, FewerError, "cache's method"),
+]
+
+
+@pytest.mark.parametrize(("asked", "kind", "words"), BAD, ids=[str(one[0]) for one in BAD])
+def test_bad_arguments(asked: dict[str, Any], kind: type[Exception], words: str) -> None:
+    case = vlms.llava()
+    given: dict[str, Any] = {"method": "fastv", "keep": 0.5} | asked
+    with pytest.raises(kind, match=words), fewer.compress(case.model, given.pop("method"), **given):
+        pass
+
+
+def test_a_method_for_pictures_on_a_model_without_any() -> None:
+    from tests.tiny import tiny
+
+    with pytest.raises(UnsupportedModel, match="vision-language"), fewer.compress(tiny("llama"), "fastv", keep=0.5):
+        pass
+
+
+@torch.no_grad()
+def test_bad_prompts() -> None:
+    case = vlms.llava()
+    inputs = case.inputs([1])
+    before = case.model(**inputs).logits
+
+    def run(message: str, kind: type[Exception] = FewerError, **changes: Any) -> None:
+        given = {name: value for name, value in (inputs | changes).items() if value is not None}
+        with pytest.raises(kind, match=message), fewer.compress(case.model, "random", keep=4):
+            case.model(**given)
+        assert torch.equal(case.model(**inputs).logits, before), "nothing is left changed"
+
+    run("no pictures", pixel_values=None, **case.inputs([0]))
+    run("no image was encoded", pixel_values=None)
+    features = case.model.model.get_image_features(inputs["pixel_values"])
+    run("features that were made before", pixel_values=None, mm_encoder_outputs={"image": features})
+    embeds = case.model.get_input_embeddings()(inputs["input_ids"])
+    run("input_ids", input_ids=None, inputs_embeds=embeds)
+    run("labels", labels=inputs["input_ids"])
+    run("use_cache", use_cache=False)
+    from transformers import DynamicCache, StaticCache
+
+    full = DynamicCache()
+    case.model(**inputs, past_key_values=full)
+    run("that fewer did not make", past_key_values=full)
+    run("that fewer did not make", past_key_values=StaticCache(case.model.config.text_config, max_cache_len=64))
+    wrong = inputs["input_ids"].clone()
+    wrong[0, (wrong[0] == vlms.IMAGE).nonzero()[0]] = 5
+    run("do not match", kind=Exception, input_ids=wrong)
+
+
+@torch.no_grad()
+def test_more_than_there_is_keeps_all() -> None:
+    case = vlms.llava()
+    inputs = case.inputs([1])
+    before = case.model(**inputs).logits
+    with fewer.compress(case.model, "random", keep=1000) as run:
+        assert torch.equal(case.model(**inputs).logits, before)
+    assert run.report.mean == 36

@@ -292,12 +292,12 @@ def _shorten(
     if cache is None:
         return None
     given, shared = {**dict(zip(names, args, strict=False)), **kwargs}, cache.shared
-    if (cutter := shared.cutter) is not None and index - 1 in cutter.after and not shared.frozen:
-        if shared.passed is None or index not in shared.passed.seen:
-            made = cutter.cut(index - 1, given, cache)
-            if made is not None:
-                shared.passed, given["hidden_states"] = made
-                shared.passed.whole = False
+    cutter, fresh = shared.cutter, shared.passed is None or index not in shared.passed.seen
+    if cutter is not None and fresh and not shared.frozen and index - 1 in cutter.after:
+        made = cutter.cut(index - 1, given, cache)
+        if made is not None:
+            shared.passed, given["hidden_states"] = made
+            shared.passed.whole = False
     passed: Passed | None = shared.passed
     if passed is None or index in passed.seen:
         return None

@@ -72,7 +72,6 @@ def marked(marks: list[Tensor], wanted: list[int], positions: Tensor) -> Marked:
     """The visual entries among what a layer holds, by the place that each had in its row."""
     longest = max(map(len, marks))
     table = torch.stack([torch.nn.functional.pad(row, (0, longest - len(row))) for row in marks]).to(positions.device)
-    b, h, n = positions.shape
     at = positions.clamp(min=0, max=longest - 1)
-    visual = table.unsqueeze(1).expand(b, h, longest).gather(-1, at) & (positions >= 0) & (positions < longest)
-    return Marked(visual, tuple(wanted))
+    visual = table.unsqueeze(1).expand(*positions.shape[:2], longest).gather(-1, at)
+    return Marked(visual & (positions >= 0) & (positions < longest), tuple(wanted))

@@ -41,8 +41,8 @@ class Layout:
     """Where each of n visual tokens lies: in which picture, in which crop or frame of it, in which row and column.
 
     `grids` are the rows and columns of every crop (or frame) of every picture; `crop` counts through all of them.
-    `whole` are the crops that show a whole picture. `regions` say where crops lie in their picture, as (top, left, bottom,
-    right) in shares of it, None where the model does not say. `video` tells frames, in their order, from crops.
+    `whole` are the crops that show a whole picture. `regions` say where crops lie in their picture, as (top, left,
+    bottom, right) in shares of it, None where the model does not say. `video` tells frames, in their order, from crops.
     """
 
     picture: Int[Tensor, " n"]
@@ -170,7 +170,7 @@ class Looked:
     query: Float[Tensor, "heads t d"]
     key: Float[Tensor, "kv_heads m d"]
     plain_query: Float[Tensor, "heads t d"]
-    plain_key: Float[Tensor, "kv_heads m d"]
+    plain_key: Float[Tensor, "kv_heads fresh d"]
     visual: Int[Tensor, " n"]
     text: Int[Tensor, " t"]
     before: int
