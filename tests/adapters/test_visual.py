@@ -361,7 +361,6 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"method": []}, FewerError, "at least one stage"),
     ({"method": ["knorm", "fastv"]}, FewerError, "only the last one"),
     ({"method": ["fastv", "random"]}, FewerError, "in the order in which they act"),
-    ({"method": "tome"}, UnsupportedModel, "shortens an encoder"),
     ({"method": "snapkv", "per": "picture"}, FewerError, "means nothing for"),
     ({"schedule": "linear"}, FewerError, "means nothing for visual tokens"),
     ({"when": "decode"}, FewerError, "cache's method"),
@@ -422,3 +421,92 @@ def test_more_than_there_is_keeps_all() -> None:
     with fewer.compress(case.model, "random", keep=1000) as run:
         assert torch.equal(case.model(**inputs).logits, before)
     assert run.report.mean == 36
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision"])
+@pytest.mark.parametrize("method", ["tome", "turbo", "topk"])
+@torch.no_grad()
+def test_a_stage_inside_the_tower(family: str, method: str) -> None:
+    """What the language model reads are the features that the shortened tower gives by itself."""
+    if family == "llava_onevision" and method == "topk":
+        return  # its tower has no class token to rate by
+    case = vlms.FAMILIES[family]()
+    inputs = case.inputs([1])
+    plain = case.model(**inputs).logits
+    with fewer.compress(case.model, method, keep=0.75) as run:
+        got = case.model(**inputs).logits
+    (picture,) = run.pictures[0]
+    left = len(picture.alive)
+    assert 0 < left <= (27 if family == "llava" else 0.8 * len(picture.columns))
+    assert run.report.read == (left,) * 5
+    if family == "llava":
+        assert left == 27
+    if family == "llava" and method != "topk":  # which has a schedule of its own
+        tower = case.model.base_model.vision_tower
+        with fewer.compress(tower, method, keep=[*_even(0.75, 2), 0.75]) as inner:  # of 3 layers the second gives them
+            states = tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[-2][:, 1:]
+        assert torch.equal(inner.kept[0, 1:] - 1, picture.alive)
+        features = case.model.base_model.multi_modal_projector(states)
+        embeds = case.model.get_input_embeddings()(inputs["input_ids"])
+        stays = torch.ones(inputs["input_ids"].shape[1], dtype=torch.bool)
+        stays[picture.columns] = False
+        stays[picture.columns[picture.alive]] = True
+        embeds[0, picture.columns[picture.alive]] = features[0]
+        places = torch.arange(len(stays))[stays].unsqueeze(0)
+        mask = torch.ones_like(places)
+        short = case.model(inputs_embeds=embeds[:, stays], position_ids=places, attention_mask=mask).logits
+        torch.testing.assert_close(got[0, stays], short[0], atol=CLOSE, rtol=0)
+    assert torch.equal(case.model(**inputs).logits, plain), "the tower is as it was"
+
+
+def _even(share: float, places: int) -> list[float]:
+    return [1 - (1 - share) * (i + 1) / places for i in range(places)]
+
+
+@torch.no_grad()
+def test_smaller_pictures() -> None:
+    case = vlms.llava()
+    inputs = case.inputs([1, 2])
+    with fewer.compress(case.model, "downsampled-image", keep=9) as run:
+        got = case.model(**inputs).logits
+    assert run.report.read == (27,) * 5
+    small = torch.nn.functional.interpolate(
+        inputs["pixel_values"], (12, 12), mode="bilinear", antialias=True, align_corners=False
+    )
+    features = case.model.model.get_image_features(small, interpolate_pos_encoding=True).pooler_output
+    ids = inputs["input_ids"]
+    embeds, stays = case.model.get_input_embeddings()(ids), inputs["attention_mask"].bool().clone()
+    for row, pictures in enumerate(run.pictures):
+        for number, one in enumerate(pictures):
+            stays[row, one.columns] = False
+            stays[row, one.columns[one.alive]] = True
+            embeds[row, one.columns[one.alive]] = features[row + number]
+    places = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    for row in (0, 1):
+        mine = stays[row]
+        short = case.model(
+            inputs_embeds=embeds[row : row + 1, mine],
+            position_ids=places[row : row + 1, mine],
+            attention_mask=torch.ones(1, int(mine.sum()), dtype=torch.long),
+        ).logits
+        torch.testing.assert_close(got[row, mine], short[0], atol=CLOSE, rtol=0)
+
+
+@torch.no_grad()
+def test_stages_from_the_tower_to_the_cache() -> None:
+    case = vlms.llava()
+    inputs = case.inputs([1])
+    text = int((inputs["input_ids"] != vlms.IMAGE).sum())
+    with fewer.compress(case.model, ["turbo", "random", "fastv", "knorm"], keep=9) as run:
+        case.model(**inputs)
+    assert run.report.read == (18, 18, 13, 13, 13), "36, then 26 by the tower, 18, 13 and 9: a quarter in four steps"
+    assert all(layer.kept == ((text + 9,) * 2,) for layer in run.report.cache.layers)
+    for methods, words in (
+        (["random", "turbo"], "comes first"),
+        (["turbo", "visionzip"], "name one of the two"),
+    ):
+        with pytest.raises(FewerError, match=words), fewer.compress(case.model, methods, keep=9):
+            pass
+    folded = pytest.raises(UnsupportedModel, match="one token out of several")
+    with folded, fewer.compress(vlms.qwen2_vl().model, "tome", keep=0.5):
+        pass

@@ -18,7 +18,8 @@ from torch import Tensor
 from fewer.adapters.hf_shorten import Passed
 from fewer.adapters.vlm_cache import marked
 from fewer.adapters.vlm_scene import Picture
-from fewer.adapters.vlm_stages import Stages
+from fewer.adapters.vlm_stages import Stage, Stages
+from fewer.adapters.vlm_stages import places as cuts
 from fewer.compress import step
 from fewer.signals.visual import Layout, Looked, Marked, Places, Question, TextAttention, Tower, TowerView
 from fewer.types import Budget, MissingSignal, Reduction, Site, Tokens
@@ -119,21 +120,21 @@ class Cutter:
             columns = torch.arange(total, device=states.device).expand(b, k).masked_fill(self.padding, -1)
         else:
             columns = passed.columns
-        for stage in self.stages.at[after]:
+        acting: list[Stage | None] = [*self.stages.at[after]] or [None]  # none: what the tower left out leaves here
+        for stage in acting:
             kept: list[Tensor] = []
-            moved: dict[int, Tensor] = {}
             states, deep = states.clone(), [one.clone() for one in self.deep]
             for row in range(b):
                 where = states.new_full((total,), -1, dtype=torch.long)
                 real = columns[row] >= 0
                 where[columns[row][real]] = real.nonzero().flatten()
-                gone = self._row(stage, after, row, where, states, deep, given, cache, moved)
+                gone = self._row(stage, after, row, where, states, deep, given, cache)
                 stays = real.clone()
                 stays[gone] = False
                 kept.append(stays.nonzero().flatten())
             longest = max(map(len, kept))
             index = torch.stack([torch.nn.functional.pad(at, (longest - len(at), 0), value=-1) for at in kept])
-            if longest == k and b == 1 and not moved:
+            if longest == k and b == 1:
                 continue
             columns = torch.where(index < 0, -1, columns.gather(1, index.clamp(min=0)))
             k = longest
@@ -147,13 +148,19 @@ class Cutter:
         return cut, states
 
     def _row(
-        self, stage: Any, after: int, row: int, where: Tensor, states: Tensor, deep: list[Tensor],
-        given: dict[str, Any], cache: "Cache", moved: dict[int, Tensor],
+        self, stage: Stage | None, after: int, row: int, where: Tensor, states: Tensor, deep: list[Tensor],
+        given: dict[str, Any], cache: "Cache",
     ) -> Tensor:  # fmt: skip
         """One row: every picture alone, or all as one. What leaves, by its place in `states`; what joins is folded."""
         pictures = self.rows[row]
         gone = [where[one.separators] for one in pictures]
+        for one in pictures:  # what a stage inside the tower left out
+            stays = torch.zeros(len(one.columns), dtype=torch.bool, device=where.device)
+            stays[one.alive] = True
+            gone.append(where[one.columns[~stays]])
         gone = [at[at >= 0] for at in gone]
+        if stage is None:
+            return torch.cat(gone) if gone else where[:0]
         groups = [[one] for one in pictures] if self.stages.per == "picture" else [pictures] * bool(pictures)
         for number, group in enumerate(groups):
             columns = torch.cat([one.columns[one.alive] for one in group])
@@ -162,7 +169,7 @@ class Cutter:
             count = stage.count(after, had, len(at))
             if count >= len(at):
                 continue
-            tokens = self._tokens(stage.method, after, row, group, at, states, given, cache)
+            tokens = self._tokens(stage.method, after, row, group, where, states, given, cache)
             plan: Reduction = step(stage.method, Budget(count, tokens=count), tokens)
             survivors = plan.survivors[0]
             survivors = survivors[survivors >= 0]
@@ -183,9 +190,11 @@ class Cutter:
         return torch.cat(gone) if gone else where[:0]
 
     def _tokens(
-        self, method: Any, after: int, row: int, group: list[Picture], at: Tensor, states: Tensor,
+        self, method: Any, after: int, row: int, group: list[Picture], where: Tensor, states: Tensor,
         given: dict[str, Any], cache: "Cache",
     ) -> Tokens:  # fmt: skip
+        columns = torch.cat([one.columns[one.alive] for one in group])
+        at = where[columns]
         layout = Layout.join([one.layout for one in group])
         sizes = [len(one.layout) for one in group]
         alive = torch.cat([one.alive + sum(sizes[:i]) for i, one in enumerate(group)])
@@ -197,9 +206,11 @@ class Cutter:
             elif isinstance(need, Tower):
                 signals[Tower] = TowerView.join([one.views[need] for one in group]).take(alive)
             elif isinstance(need, Question):
-                signals[Question] = states[row : row + 1, self._text(row, at, states)[0]]
+                signals[Question] = states[row : row + 1, where[self._text(row)[0]]]
             elif isinstance(need, TextAttention):
-                signals[TextAttention] = self._looked(method, row, at, states, given, cache)
+                if after < 0 <= max(cuts(method, self.shared.layers_all)):
+                    continue  # there is none yet; the method reads it at its later cuts
+                signals[TextAttention] = self._looked(method, row, columns, where, states, given, cache)
             else:
                 raise MissingSignal(
                     f"{type(method).__name__} needs {type(need).__name__}, which is not gathered for visual tokens"
@@ -213,7 +224,7 @@ class Cutter:
             torch.tensor([n], device=device), signals=signals, site=site,
         )  # fmt: skip
 
-    def _text(self, row: int, at: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+    def _text(self, row: int) -> tuple[Tensor, Tensor]:
         """The row's text tokens that ask: those after its first picture, or all; and those that come after it."""
         assert self.padding is not None
         visual = torch.cat([torch.cat([one.columns, one.separators]) for one in self.rows[row]])
@@ -225,31 +236,28 @@ class Cutter:
         return (asks if len(asks) else index), index
 
     def _looked(
-        self, method: Any, row: int, at: Tensor, states: Tensor, given: dict[str, Any], cache: "Cache"
-    ) -> Looked:
+        self, method: Any, row: int, columns: Tensor, where: Tensor, states: Tensor, given: dict[str, Any],
+        cache: "Cache",
+    ) -> Looked:  # fmt: skip
         if cache.shared.witness is None:
             raise MissingSignal(
                 f"{type(method).__name__} reads the attention of a layer before its cut, and there is none before the "
                 "first layer"
             )
         query, dense, scaling = cache.shared.witness
-        assert self.ids is not None
         k, n = query.shape[2], dense.keys.shape[2]
         real = ~dense.padding[row, 0]
         rank = real.cumsum(0) - 1  # every column's place among the keys that are there
         before = int(real[: n - k].sum())
-        _, text = self._text(row, at, states)
-        asks, _ = self._text(row, at, states)
-        where = self._where(row, states.device, cache)
-        text_at = where[text]
+        asks, text = self._text(row)
+        then = self._where(row, where.device, cache)  # as the layer had them: an earlier stage may have cut here too
         cos, sin = _tables(given, cache.shared.passed, row)
-        mine = real[n - k :]
-        key = dense.keys[row][:, real]
         fresh = dense.keys[row][:, n - k :]
         return Looked(
-            query[row][:, text_at], key,
-            _unturned(query[row], cos, sin)[:, text_at], _unturned(fresh, cos, sin)[:, mine],
-            rank[n - k + at], rank[n - k + text_at], before, states[row, text_at], torch.isin(text, asks), scaling,
+            query[row][:, then[text]], dense.keys[row][:, real],
+            _unturned(query[row], cos, sin)[:, then[text]], _unturned(fresh, cos, sin)[:, real[n - k :]],
+            rank[n - k + then[columns]], rank[n - k + then[text]], before, states[row, where[text]],
+            torch.isin(text, asks), scaling, torch.stack([cos, sin])[:, real[n - k :]],
         )  # fmt: skip
 
     def _where(self, row: int, device: Any, cache: "Cache") -> Tensor:

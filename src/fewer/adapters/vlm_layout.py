@@ -31,6 +31,8 @@ class Piece:
     content: Tensor
     crops: int
     """How many images of the tower it was made of."""
+    alive: Tensor | None = None
+    """Those that go on after a stage inside the tower; None for all."""
 
     def __len__(self) -> int:
         return len(self.content)

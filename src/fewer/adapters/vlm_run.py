@@ -21,8 +21,9 @@ from fewer.adapters.hf_bind import Host
 from fewer.adapters.hf_policy import Policy, Shared
 from fewer.adapters.vlm_cache import OnlyVisual
 from fewer.adapters.vlm_cut import Cutter
+from fewer.adapters.vlm_encoder import Early
 from fewer.adapters.vlm_scene import Picture, Taps
-from fewer.adapters.vlm_stages import Stages
+from fewer.adapters.vlm_stages import Stages, early
 from fewer.cost import Decoder
 from fewer.methods import family_of, name_of, resolve
 from fewer.report import Report
@@ -220,12 +221,6 @@ def _kinds(methods: Sequence[Any], only: str | None) -> tuple[list[Method], Meth
     if only not in (None, "visual"):
         raise FewerError(f"only={only!r}: a cache's method may be kept to 'visual' entries")
     families = [family_of(type(one)) for one in chosen]
-    for one, family in zip(chosen, families, strict=True):
-        if family == "vit":
-            raise UnsupportedModel(
-                f"{name_of(one)!r} shortens an encoder; give it the vision tower by itself, or name a method of "
-                "`fewer methods --family vlm`"
-            )
     caching = [i for i, family in enumerate(families) if family == "kv"]
     if caching and caching != [len(chosen) - 1]:
         raise FewerError(f"of the stages {[name_of(one) for one in chosen]} only the last one may cut the cache")
@@ -251,7 +246,15 @@ def session(model: Any, methods: Sequence[Any], asked: Asked) -> Iterator[Run]:
         raise FewerError("compress(when=..., every=...) are for a cache's method, and none is among the stages")
     text = text_of(model.base_model)
     needs = frozenset(need for one in cutting for need in one.needs if isinstance(need, Tower))
-    taps = Taps(model, needs)
+    first = None
+    if cutting and early(cutting[0]) and not stages.whole:
+        if needs:
+            raise FewerError(
+                f"{name_of(cutting[0])!r} leaves fewer patches in the vision tower, whose attention another stage "
+                "reads: name one of the two"
+            )
+        first = Early(model, cutting[0], lambda patches: stages.counts(patches)[0])
+    taps = Taps(model, needs, first)
 
     def made(shared: Shared) -> Cutter:
         return Cutter(stages, shared, positions, text.rotary_emb)

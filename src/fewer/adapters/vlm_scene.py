@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewer.adapters.vlm_encoder import Early
 from fewer.adapters.vlm_layout import FAMILIES, Piece, picture
 from fewer.adapters.vlm_tower import Watch
 from fewer.signals.visual import Layout, Tower, TowerView
@@ -35,8 +36,8 @@ class Picture:
 class Taps:
     """Everything that was encoded and not yet read by the language model, in order."""
 
-    def __init__(self, model: Any, needs: frozenset[Tower]) -> None:
-        self.base = model.base_model
+    def __init__(self, model: Any, needs: frozenset[Tower], early: Early | None = None) -> None:
+        self.base, self.early = model.base_model, early
         self.describe, self.group = FAMILIES[model.config.model_type]
         self.watch = Watch(self.base, needs) if needs else None
         self.pieces: dict[str, list[tuple[Piece, dict[Tower, TowerView]]]] = {"image": [], "video": []}
@@ -64,14 +65,19 @@ class Taps:
         def tapped(*args: Any, **kwargs: Any) -> Any:
             if self.watch is not None:
                 self.watch.begin()
-            output = own(*args, **kwargs)
-            given = {**dict(zip(names, args, strict=False)), **kwargs}
-            self._keep(kind, given, output)
+            given, left = {**dict(zip(names, args, strict=False)), **kwargs}, None
+            if self.early is not None and kind == "image":
+                output, left = self.early.run(own, given)
+            elif self.early is not None:
+                raise UnsupportedModel("a stage inside the vision tower serves pictures, and this is a video")
+            else:
+                output = own(*args, **kwargs)
+            self._keep(kind, given, output, left)
             return output
 
         return tapped
 
-    def _keep(self, kind: str, given: dict[str, Any], output: Any) -> None:
+    def _keep(self, kind: str, given: dict[str, Any], output: Any, left: Tensor | None) -> None:
         features = list(getattr(output, "pooler_output", output))
         pieces = self.describe(self.base, kind == "video", given, features)
         made, expected = sum(map(len, features)), sum(map(len, pieces))
@@ -86,7 +92,14 @@ class Taps:
             order = _window_order(self.base, given, kind)
             views = self.watch.views([p.layout for p in pieces], [p.crops for p in pieces], order)
         device = features[0].device if features else "cpu"
-        moved = [Piece(_on(p.layout, device), p.content.to(device), p.crops) for p in pieces]
+        alive, first = [], 0
+        for one in pieces:
+            alive.append(None if left is None else _alive(one.layout, left[first : first + one.crops].to("cpu")))
+            first += one.crops
+        moved = [
+            Piece(_on(p.layout, device), p.content.to(device), p.crops, None if a is None else a.to(device))
+            for p, a in zip(pieces, alive, strict=True)
+        ]
         self.pieces[kind] += zip(moved, views, strict=True)
 
     def scene(self, ids: Tensor) -> list[list[Picture]]:
@@ -134,10 +147,17 @@ class Taps:
             views = {need: TowerView.join([v[need] for _, v in mine]) for need in mine[0][1]}
             run = columns[at : at + len(whole)]
             content = run[whole.content]
-            everyone = torch.arange(len(content), device=content.device)
+            everyone = torch.arange(len(content), device=content.device) if whole.alive is None else whole.alive
             made.append(Picture(whole.layout, content, run[~whole.content], views, everyone))
             first, at = first + count, at + len(whole)
         return made
+
+
+def _alive(layout: Layout, left: Tensor) -> Tensor:
+    """Which tokens are patches that go on: `left` `(crops, k)` are those of every image of the tower."""
+    _, columns = layout.grids[0]
+    at = layout.y * columns + layout.x
+    return (left[layout.crop] == at.unsqueeze(1)).any(1).nonzero().flatten()
 
 
 def _share(waiting: list[Any], tokens: int, kind: str) -> tuple[list[Any], list[Any]]:

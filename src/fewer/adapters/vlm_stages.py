@@ -15,6 +15,8 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
+from fewer.adapters.vlm_encoder import BEFORE
+from fewer.methods import family_of
 from fewer.types import Budget, BudgetError, FewerError, Keep, Method
 
 PER = ("picture", "prompt")
@@ -51,6 +53,8 @@ class Stages:
             raise BudgetError(
                 f"counted={counted!r}: keep counts what is left after the 'last' cut, or the 'mean' layer"
             )
+        if any(early(method) for method in methods[1:]):
+            raise FewerError("a stage inside the vision tower, or on pixels, comes first, and there is one at most")
         self.methods, self.layers, self.per, self.counted = tuple(methods), layers, per, counted
         stages = len(methods) + caching  # the cache's method comes last, and takes its share of what leaves
         if isinstance(keep, (list, tuple)):
@@ -67,7 +71,7 @@ class Stages:
         self.whole = self.budget.whole
         self.cuts: list[tuple[int, Method, int, float]] = []
         for index, method in enumerate(methods):
-            at = sorted(set(places(method, layers)))
+            at = [BEFORE] if early(method) else sorted(set(places(method, layers)))
             steps = path(method, len(at))
             self.cuts += [(after, method, index, e) for after, e in zip(at, steps, strict=True)]
         order = [after for after, *_ in self.cuts]
@@ -77,9 +81,10 @@ class Stages:
                 "them in the order in which they act"
             )
         self.stages = stages
-        self.at: dict[int, list[Stage]] = {}
+        self.at: dict[int, list[Stage]] = {-1: []} if methods and early(methods[0]) else {}
         for number, (after, method, _, _) in enumerate(self.cuts):
-            self.at.setdefault(after, []).append(Stage(method, lambda had, number=number: self.counts(had)[number]))  # type: ignore[misc]
+            if after > BEFORE:
+                self.at.setdefault(after, []).append(Stage(method, lambda had, number=number: self.counts(had)[number]))  # type: ignore[misc]
         self.counts: Callable[[int], list[int]] = lru_cache(self._counts)
 
     def _ways(self, had: int, final: int) -> list[int]:
@@ -107,7 +112,7 @@ class Stages:
         left, out = had, []
         for layer in range(self.layers):
             for (after, *_), count in zip(self.cuts, counts, strict=True):
-                left = min(left, count) if after == layer - 1 else left
+                left = min(left, count) if after == layer - 1 or (after < 0 and layer == 0) else left
             out.append(left)
         return out
 
@@ -125,6 +130,11 @@ class Stages:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self._mean(had, self._ways(had, middle)) <= asked else (low, middle - 1)
         return self._ways(had, low)
+
+
+def early(method: Any) -> bool:
+    """Whether a method acts before the language model has any tokens: in the vision tower, or on pixels."""
+    return family_of(type(method)) == "vit" or bool(getattr(method, "pixels", False))
 
 
 def places(method: Any, layers: int) -> Sequence[int]:

@@ -50,8 +50,8 @@ class Watch:
     def __init__(self, base: Any, needs: frozenset[Tower]) -> None:
         self.base, self.tower, self.needs = base, tower_of(base), needs
         self.blocks = _blocks(self.tower)
-        self.layers = {need: self._layer(need) for need in needs}
-        self.seen: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in self.layers.values()}
+        self.layers = {need: self._layers(need) for need in needs}
+        self.seen: dict[int, list[tuple[Tensor, Tensor]]] = {i: [] for layers in self.layers.values() for i in layers}
         self.orders: list[Tensor] = []
 
     def _layer(self, need: Tower) -> int:
@@ -64,6 +64,16 @@ class Watch:
         if not 0 <= layer < depth:
             raise MissingSignal(f"layer={need.layer!r}: this vision tower has {depth} layers")
         return layer
+
+    def _layers(self, need: Tower) -> list[int]:
+        """All that it reads, in their order."""
+        last = self._layer(need)
+        first = last if need.since is None else int(need.since * len(self.blocks))
+        if first > last:
+            raise MissingSignal(
+                f"since={need.since!r}: of {len(self.blocks)} layers that is layer {first}, and features come of {last}"
+            )
+        return list(range(first, last + 1))
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -104,23 +114,31 @@ class Watch:
         """After it ran: what each piece's tokens are to every need. `crops` are the images of the tower that each piece
         was made of; `order` is where the tower left each group of patches, if not in their order."""
         views: list[dict[Tower, TowerView]] = [{} for _ in layouts]
-        for need, layer in self.layers.items():
-            seen = self.seen[layer]
-            if order is not None:
-                seen = _reordered(seen, order)
-            if len(seen) != sum(crops):
-                raise MissingSignal(
-                    f"layer {layer} of the vision tower attended in {len(seen)} pieces to {sum(crops)} images: name a "
-                    "layer that attends to whole images"
-                )
-            first = 0
-            for at, (layout, count) in enumerate(zip(layouts, crops, strict=True)):
-                parts = [
-                    _view(need, q, k, grid, order is not None or self._grouped)
-                    for (q, k), grid in zip(seen[first : first + count], layout.grids, strict=True)
-                ]
-                views[at][need] = TowerView.join(parts).take(layout.cell)
-                first += count
+        for need, layers in self.layers.items():
+            several = [self._views(need, layer, layouts, crops, order) for layer in layers]
+            for mine, alike in zip(views, zip(*several, strict=True), strict=True):
+                mine[need] = TowerView.mean(list(alike))
+        return views
+
+    def _views(
+        self, need: Tower, layer: int, layouts: list[Layout], crops: list[int], order: Tensor | None
+    ) -> list[TowerView]:
+        """The same of one layer."""
+        seen, views, first = self.seen[layer], [], 0
+        if order is not None:
+            seen = _reordered(seen, order)
+        if len(seen) != sum(crops):
+            raise MissingSignal(
+                f"layer {layer} of the vision tower attended in {len(seen)} pieces to {sum(crops)} images: name a "
+                "layer that attends to whole images"
+            )
+        for layout, count in zip(layouts, crops, strict=True):
+            parts = [
+                _view(need, q, k, grid, order is not None or self._grouped)
+                for (q, k), grid in zip(seen[first : first + count], layout.grids, strict=True)
+            ]
+            views.append(TowerView.join(parts).take(layout.cell))
+            first += count
         return views
 
     @property
