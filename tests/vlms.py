@@ -1,5 +1,6 @@
 """Tiny random vision-language models, one of each family, with inputs as their processors would make them."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +65,11 @@ class Case:
             one = slice(sum(tiles[:row]), sum(tiles[: row + 1]))
         more = ("pixel_values", "image_sizes", "pixel_attention_mask")
         return out | {name: inputs[name][one] for name in more if name in inputs}
+
+
+def takes(model: Any, name: str) -> bool:
+    """Whether this release's forward has that argument."""
+    return name in inspect.signature(model.forward).parameters
 
 
 def _seeded(make: Callable[[], Any]) -> Any:
@@ -199,7 +205,8 @@ def _qwen(model: Any, patch: int, *, timestamps: bool) -> Callable[..., dict[str
             return [START, *[kind] * (t * h * w // 4), END]
 
         out = padded(prompts(counts, run, seed), side)
-        out["mm_token_type_ids"] = (out["input_ids"] == IMAGE).long() + 2 * (out["input_ids"] == VIDEO).long()
+        if takes(model, "mm_token_type_ids"):
+            out["mm_token_type_ids"] = (out["input_ids"] == IMAGE).long() + 2 * (out["input_ids"] == VIDEO).long()
         if not total:
             return out
         pixels = _pixels(sum(t * h * w for t, h, w in grids), seed, 3 * 2 * patch * patch)

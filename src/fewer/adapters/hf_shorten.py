@@ -72,7 +72,10 @@ class Passed:
         if type(thing) in (tuple, list):
             return type(thing)(self.of(part) for part in thing)
         b, k = self.columns.shape
-        if not isinstance(thing, Tensor) or thing.shape[:2] not in ((1, self.total), (b, self.total)):
+        rows = ((1, self.total), (b, self.total))
+        if isinstance(thing, Tensor) and thing.ndim == 4 and len(thing) == 3 and thing.shape[1:3] in rows:
+            return torch.stack([self.of(axis) for axis in thing])  # tables of time, rows and columns, up to 5.2
+        if not isinstance(thing, Tensor) or thing.shape[:2] not in rows:
             return thing
         at = self.columns.clamp(min=0).view(b, k, *[1] * (thing.ndim - 2))
         return thing.expand(b, *thing.shape[1:]).gather(1, at.expand(b, k, *thing.shape[2:]))

@@ -21,7 +21,7 @@ from fewer.adapters.vlm_scene import Picture
 from fewer.adapters.vlm_stages import Stage, Stages
 from fewer.adapters.vlm_stages import places as cuts
 from fewer.compress import step
-from fewer.signals.visual import Layout, Looked, Marked, Places, Question, TextAttention, Tower, TowerView
+from fewer.signals.visual import Layout, Looked, Marked, Places, Question, TextAttention, Tower, TowerView, Vocabulary
 from fewer.types import Budget, MissingSignal, Reduction, Site, Tokens
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ class Cutter:
     positions: str = "keep"
     turn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     """The text model's rotary table for states and positions."""
+    words: Callable[[], Tensor] | None = None
+    """The language model's input embeddings."""
     rows: list[list[Picture]] = field(default_factory=list)
     padding: Tensor | None = None
     ids: Tensor | None = None
@@ -67,7 +69,8 @@ class Cutter:
         return frozenset(self.stages.at)
 
     def __deepcopy__(self, memo: Any) -> "Cutter":
-        return Cutter(self.stages, memo.get(id(self.shared), self.shared), self.positions, self.turn, shift=self.shift)
+        shared = memo.get(id(self.shared), self.shared)
+        return Cutter(self.stages, shared, self.positions, self.turn, self.words, shift=self.shift)
 
     def begin(self, ids: Tensor, rows: list[list[Picture]], padding: Tensor, places: Tensor | None) -> None:
         """A forward with these pictures starts."""
@@ -207,6 +210,9 @@ class Cutter:
                 signals[Tower] = TowerView.join([one.views[need] for one in group]).take(alive)
             elif isinstance(need, Question):
                 signals[Question] = states[row : row + 1, where[self._text(row)[0]]]
+            elif isinstance(need, Vocabulary):
+                assert self.words is not None
+                signals[Vocabulary] = self.words()
             elif isinstance(need, TextAttention):
                 if after < 0 <= max(cuts(method, self.shared.layers_all)):
                     continue  # there is none yet; the method reads it at its later cuts
@@ -251,7 +257,7 @@ class Cutter:
         before = int(real[: n - k].sum())
         asks, text = self._text(row)
         then = self._where(row, where.device, cache)  # as the layer had them: an earlier stage may have cut here too
-        cos, sin = _tables(given, cache.shared.passed, row)
+        cos, sin = self._tables(given, cache.shared.passed, row)
         fresh = dense.keys[row][:, n - k :]
         return Looked(
             query[row][:, then[text]], dense.keys[row][:, real],
@@ -259,6 +265,20 @@ class Cutter:
             rank[n - k + then[columns]], rank[n - k + then[text]], before, states[row, where[text]],
             torch.isin(text, asks), scaling, torch.stack([cos, sin])[:, real[n - k :]],
         )  # fmt: skip
+
+    def _tables(self, given: dict[str, Any], passed: Passed | None, row: int) -> tuple[Tensor, Tensor]:
+        """The rotary tables `(k, d)` of the row's states."""
+        tables = given.get("position_embeddings") if passed is None else passed.moved.get("position_embeddings")
+        if tables is None and passed is not None:
+            tables = passed.of(given.get("position_embeddings"))
+        if not isinstance(tables, tuple) or len(tables) != 2 or tables[0].ndim not in (3, 4):
+            raise MissingSignal("this language model does not hand rotary tables to its layers, so queries stay turned")
+        if tables[0].ndim == 4:  # of time, rows and columns, which its attention puts together by sections, up to 5.2
+            sections = 2 * self.shared.host.config.rope_parameters["mrope_section"]
+            split = [[axis.split(sections, dim=-1) for axis in table] for table in tables]
+            tables = tuple(torch.cat([each[i % 3][i] for i in range(len(sections))], -1) for each in split)
+        cos, sin = (table[row % len(table)].float() for table in tables)
+        return cos, sin
 
     def _where(self, row: int, device: Any, cache: "Cache") -> Tensor:
         """Every column's place among the states on their way."""
@@ -336,17 +356,6 @@ def _unturned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x, rest = x[..., :d].float(), x[..., d:].float()
     half = torch.cat([-x[..., d // 2 :], x[..., : d // 2]], -1)
     return torch.cat([x * cos - half * sin, rest], -1)
-
-
-def _tables(given: dict[str, Any], passed: Passed | None, row: int) -> tuple[Tensor, Tensor]:
-    """The rotary tables `(k, d)` of the row's states."""
-    tables = given.get("position_embeddings") if passed is None else passed.moved.get("position_embeddings")
-    if tables is None and passed is not None:
-        tables = passed.of(given.get("position_embeddings"))
-    if not isinstance(tables, tuple) or len(tables) != 2 or tables[0].ndim != 3:
-        raise MissingSignal("this language model does not hand rotary tables to its layers, so queries stay turned")
-    cos, sin = (table[row % len(table)].float() for table in tables)
-    return cos, sin
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:

@@ -116,6 +116,25 @@ class Run:
         """For each row its pictures: their layout, their columns in the prompt, and which of their tokens are left."""
         return self.cutter.pictures
 
+    def drawn(self, row: int = 0, picture: int = 0) -> tuple[tuple[int, int], list[int]]:
+        """For a drawing: rows and columns of the crop that shows the whole picture (the first, if none does), and for
+        each of its cells the number of the token that it ended in, -1 where it was dropped."""
+        one = self.pictures[row][picture]
+        crop = one.layout.whole[0] if one.layout.whole else 0
+        n = len(one.columns)
+        plans = [plan for _, at, number, plan in self.plan if (at, number) == (row, picture)]
+        if plans and len(plans[0].assign[0]) == n:
+            slots = torch.arange(n)
+            for plan in plans:
+                slots = torch.where(slots < 0, -1, plan.assign[0][slots.clamp(min=0)])
+        else:  # decided together with other pictures, or in the tower before: who is left
+            slots = torch.full((n,), -1)
+            slots[one.alive] = torch.arange(len(one.alive))
+        (rows, columns), here = one.layout.grids[crop], one.layout.crop == crop
+        cells = torch.full((rows * columns,), -1)
+        cells[(one.layout.y * columns + one.layout.x)[here]] = slots[here]
+        return (rows, columns), cells.tolist()
+
     @property
     def report(self) -> VisualReport:
         """What the latest prompt with pictures saved and cost."""
@@ -257,7 +276,7 @@ def session(model: Any, methods: Sequence[Any], asked: Asked) -> Iterator[Run]:
     taps = Taps(model, needs, first)
 
     def made(shared: Shared) -> Cutter:
-        return Cutter(stages, shared, positions, text.rotary_emb)
+        return Cutter(stages, shared, positions, text.rotary_emb, lambda: text.get_input_embeddings().weight)
 
     inside = resolve("full") if caching is None or stages.whole else OnlyVisual(caching)
     policy = Policy.of(inside, Budget.parse(1.0), asked.when, asked.every, asked.store)

@@ -187,8 +187,10 @@ def _window_order(base: Any, given: dict[str, Any], kind: str) -> Tensor | None:
     tower: Any = getattr(base, "visual", None)
     if getattr(tower, "window_size", None) is None or not hasattr(tower, "fullatt_block_indexes"):
         return None
+    grid = given[f"{kind}_grid_thw"]
+    if hasattr(tower, "get_window_index"):  # up to 5.2
+        return torch.as_tensor(tower.get_window_index(grid)[0])
     from transformers.vision_utils import get_vision_window_index
 
-    grid = given[f"{kind}_grid_thw"]
     order, _ = get_vision_window_index(grid, tower.spatial_merge_size, tower.window_size, tower.patch_size)
     return order

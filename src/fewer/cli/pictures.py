@@ -1,18 +1,23 @@
-"""`fewer image`: which patches of a picture stay."""
+"""`fewer image`: which patches of a picture stay, in an encoder or, with a question, in a vision-language model."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from fewer.cli.common import Json, ModelName, err, out, print_json, read_keep
+from fewer.cli.common import Json, ModelName, err, listed, out, print_json, read_keep
 from fewer.types import FewerError
 
 
 def image(
     photo: Annotated[Path, typer.Argument(help="A picture file.")],
-    method: Annotated[str, typer.Option(help="A method for encoders.")] = "tome",
-    keep: Annotated[str, typer.Option(help="The share of patches left at the end, or '0.6 flops'.")] = "0.5",
+    method: Annotated[
+        str, typer.Option(help="A method for encoders; with --question one for visual tokens, or several: turbo,fastv.")
+    ] = "tome",
+    keep: Annotated[
+        str, typer.Option(help="The share of patches left at the end, or '0.6 flops'; with --question also a count.")
+    ] = "0.5",
+    question: Annotated[str | None, typer.Option(help="Ask a vision-language model about the picture.")] = None,
     size: Annotated[int, typer.Option(help="Pixels a side that the model sees, a multiple of its patches.")] = 448,
     file: Annotated[Path, typer.Option("--out", help="Where the drawing goes.")] = Path("overlay.png"),
     model: ModelName = "default",
@@ -30,6 +35,9 @@ def image(
             picture = opened.convert("RGB")
     except (OSError, UnidentifiedImageError) as why:
         raise FewerError(f"{photo} is no picture that can be read: {why}") from why
+    if question is not None:
+        _asked(picture, question, listed(method), read_keep(keep), model, file, as_json)
+        return
     loaded, _ = vision.load_vision(model, say=err.print)
     pixels = vision.preprocess(picture, size)
     asked: Any = keep if "flops" in keep.lower() else read_keep(keep)
@@ -39,13 +47,72 @@ def image(
     rows, columns = run.grid
     patches = run.assign[0, -rows * columns :].tolist()
     drawn = overlay(vision.square(picture, size), patches, run.grid, size // rows)
-    try:
-        drawn.save(file)
-    except (OSError, ValueError) as why:
-        raise FewerError(f"--out {file}: cannot be written as a picture: {why}") from why
+    _save(drawn, file)
     kept, dropped = len(set(patches) - {-1}), patches.count(-1)
     said = {"out": str(file), "method": method, "patches": len(patches), "tokens": kept, "dropped": dropped}
     if as_json:
         print_json({**said, "flops": run.flops})
         return
     out.print(f"{len(patches)} patches in {kept} tokens, {dropped} dropped; {run.flops:.2f} of the FLOPs; wrote {file}")
+
+
+def _save(drawn: Any, file: Path) -> None:
+    try:
+        drawn.save(file)
+    except (OSError, ValueError) as why:
+        raise FewerError(f"--out {file}: cannot be written as a picture: {why}") from why
+
+
+def _asked(picture: Any, question: str, methods: list[str], keep: Any, name: str, file: Path, as_json: bool) -> None:
+    """Ask with all visual tokens and with fewer, and draw which of them were left when the answer was given."""
+    import torch
+
+    from fewer import compress, reference_vlm, vision
+    from fewer_eval.overlay import overlay
+
+    model: Any
+    processor: Any
+    if name == "default":
+        model, processor = reference_vlm.load(say=err.print)
+        err.print("reference model trained for this, not a general one: it knows the questions of docs/vlm.md only")
+        shown, text = vision.square(picture, reference_vlm.SIDE), reference_vlm.prompt(question)
+    else:
+        model, processor = _loaded(name)
+        turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+        shown, text = picture, processor.apply_chat_template(turn, add_generation_prompt=True)
+    inputs = processor(images=[shown], text=[text], return_tensors="pt")
+
+    def answer() -> str:
+        written = model.generate(**inputs, max_new_tokens=40, do_sample=False)
+        said = processor.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return str(said[0]).strip()
+
+    with torch.inference_mode():
+        whole = answer()
+        with compress(model, methods, keep) as run:
+            short = answer()
+    grid, slots = run.drawn()
+    side = max(8, 448 // max(grid))
+    drawn = overlay(shown.resize((grid[1] * side, grid[0] * side)), slots, grid, side)
+    _save(drawn, file)
+    report = run.report
+    if as_json:
+        said = {"out": str(file), "method": "+".join(methods), "full": whole, "answer": short}
+        print_json({**said, "visual": report.had, "mean": report.mean, "left": report.read[-1], "flops": report.flops})
+        return
+    out.print(f"all {report.had} visual tokens: {whole}", markup=False)
+    out.print(f"{report.mean:.0f} a layer, {report.read[-1]:.0f} in the last: {short}", markup=False)
+    out.print(f"{report.flops:.2f} of the FLOPs; wrote {file}", markup=False)
+
+
+def _loaded(name: str) -> tuple[Any, Any]:
+    """A vision-language model and its processor, by path or hub name."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from fewer.models import explained, look_for
+
+    processors: Any = AutoProcessor
+    with explained(name, "vision-language model", "HuggingFaceTB/SmolVLM-256M-Instruct"):
+        look_for(name)
+        model: Any = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=False)
+        return model.eval(), processors.from_pretrained(name, trust_remote_code=False)
