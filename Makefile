@@ -8,7 +8,7 @@ PEER := .venv-kvpress
 LLMLINGUA := .venv-llmlingua
 FITS := out/kvzap.fit out/razorattention.fit out/compresskv.fit
 
-.PHONY: demo test test-oldest test-timm test-frameworks check bench bench-vit bench-serve bench-prompt evidence evidence-vit evidence-prompt docs clean
+.PHONY: demo test test-oldest test-timm test-frameworks check bench bench-vit bench-vlm bench-serve bench-prompt evidence evidence-vit evidence-vlm evidence-prompt reference-vlm docs clean
 
 demo: $(VENV)/.installed  ## compare every method on the default model: table, out/report.html, out/results.jsonl
 	scripts/demo
@@ -39,6 +39,9 @@ bench-vit: $(VENV)/.installed  ## images a second of every method for encoders, 
 	$(BIN)/python benchmarks/vit.py --cases 448x1,448x8,518x1 --methods tome,topk,ward,random,uniform --rounds 3 \
 	    --json results/vit-speed-large.json
 
+bench-vlm: $(VENV)/.installed  ## time to the first token of every method for visual tokens, stage by stage
+	$(BIN)/python benchmarks/vlm.py
+
 bench-prompt: $(VENV)/.installed $(LLMLINGUA)/.installed  ## llmlingua2 beside package llmlingua: kept words, speed, memory
 	scripts/install $(VENV) -e '.[dev,bench]'
 	$(BIN)/python benchmarks/prompt.py --peer $(LLMLINGUA)/bin/python --parity 1500
@@ -50,6 +53,12 @@ bench-serve: $(VENV)/.installed  ## 50 clients for a minute of the server: compr
 
 evidence-vit: $(VENV)/.installed  ## every method for encoders on real pictures: results/vit-dinov2s.json (goes on where it stopped)
 	$(BIN)/python scripts/vit_evidence.py
+
+evidence-vlm: $(VENV)/.installed  ## every method for visual tokens on the reference model: results/vlm.json (goes on where it stopped)
+	$(BIN)/python scripts/vlm_evidence.py
+
+reference-vlm: $(VENV)/.installed  ## train that model anew: an hour on two cores
+	$(BIN)/python scripts/train_reference_vlm.py
 
 evidence-prompt: $(VENV)/.installed  ## every prompt method on questions about documents: results/prompt.json (goes on where it stopped)
 	$(BIN)/python scripts/prompt_evidence.py
@@ -63,6 +72,7 @@ out/%.fit: | $(VENV)/.installed
 
 docs: $(VENV)/.installed  ## write the generated parts of the README anew
 	$(BIN)/python scripts/readme.py
+	$(BIN)/python -m tests.visual_matrix
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	scripts/install $(VENV) -e '.[dev]'

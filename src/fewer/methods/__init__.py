@@ -68,8 +68,33 @@ from fewer.methods.vit.topk import TopK
 from fewer.methods.vit.turbo import Turbo
 from fewer.methods.vit.ward import Ward
 from fewer.methods.vit.zero_tprune import ZeroTPrune
+from fewer.methods.vlm.apet import ApET
+from fewer.methods.vlm.cdpruner import CDPruner
+from fewer.methods.vlm.cmai import CMAI
+from fewer.methods.vlm.dart import DART
+from fewer.methods.vlm.divprune import DivPrune
+from fewer.methods.vlm.downsampled_image import DownsampledImage
+from fewer.methods.vlm.dycoke import DyCoke
+from fewer.methods.vlm.embedlens import EmbedLens
+from fewer.methods.vlm.evs import EVS
 from fewer.methods.vlm.fastv import FastV
+from fewer.methods.vlm.feather import Feather
+from fewer.methods.vlm.feature_norm import FeatureNorm
+from fewer.methods.vlm.fourier_vlm import FourierVLM
+from fewer.methods.vlm.globalcom2 import GlobalCom2
+from fewer.methods.vlm.mini_monkey import MiniMonkey
+from fewer.methods.vlm.mustdrop import MustDrop
+from fewer.methods.vlm.pyramiddrop import PyramidDrop
+from fewer.methods.vlm.recoverable_compression import RecoverableCompression
+from fewer.methods.vlm.sparsevlm import SparseVLM
+from fewer.methods.vlm.tokencorr import TokenCorr
+from fewer.methods.vlm.ts_llava import TSLLaVA
+from fewer.methods.vlm.vidcom2 import VidCom2
 from fewer.methods.vlm.visionzip import VisionZip
+from fewer.methods.vlm.vispruner import VisPruner
+from fewer.methods.vlm.visual_pooling import VisualPooling
+from fewer.methods.vlm.vmtc import VMTC
+from fewer.methods.vlm.vtc_cls import VTCCLS
 from fewer.prompts.source import PromptMethod
 from fewer.types import Method, UnknownName
 
@@ -124,8 +149,33 @@ METHODS: dict[str, type[Any]] = {
     "algm": ALGM,
     "turbo": Turbo,
     "code-token-merging": CodeTokenMerging,
+    "downsampled-image": DownsampledImage,
     "fastv": FastV,
+    "cmai": CMAI,
+    "dart": DART,
+    "feather": Feather,
+    "mini-monkey": MiniMonkey,
+    "mustdrop": MustDrop,
+    "pyramiddrop": PyramidDrop,
+    "sparsevlm": SparseVLM,
     "visionzip": VisionZip,
+    "divprune": DivPrune,
+    "cdpruner": CDPruner,
+    "apet": ApET,
+    "feature-norm": FeatureNorm,
+    "visual-pooling": VisualPooling,
+    "fourier-vlm": FourierVLM,
+    "embedlens": EmbedLens,
+    "vidcom2": VidCom2,
+    "evs": EVS,
+    "dycoke": DyCoke,
+    "ts-llava": TSLLaVA,
+    "vispruner": VisPruner,
+    "vtc-cls": VTCCLS,
+    "globalcom2": GlobalCom2,
+    "recoverable-compression": RecoverableCompression,
+    "vmtc": VMTC,
+    "tokencorr": TokenCorr,
     "truncation": Truncation,
     "tcra": TCRA,
     "provence": Provence,

@@ -4,6 +4,7 @@
     Tower(by="class")       what the vision tower attends to                    -> TowerView
     Question()              the states of the text that asks                    -> Tensor (1, t, d)
     TextAttention()         who the text looks at, in the layer before a cut    -> Looked
+    Vocabulary()            the language model's input embeddings               -> Tensor (words, d)
 
 A method sees the visual tokens of one picture (or of all of a prompt), in the order of the prompt. The host hands these
 things over when it asks the method, and gathers none that no method needs.
@@ -109,15 +110,19 @@ class Tower(_Visual):
 
     `by` is whose attention: "class", that of the class token; or "received", the mean over all patches, for towers that
     have no class token. Which one is the caller's choice: a tower without a class token refuses "class". `layer` counts
-    from 0, or from the end if negative; None is the layer whose features the language model gets.
+    from 0, or from the end if negative; None is the layer whose features the language model gets. With `since` the
+    attention, and its logits, are the mean over the layers from that share of the tower's depth up to this one.
     """
 
     by: By = "class"
     layer: int | None = None
+    since: float | None = None
 
     def __post_init__(self) -> None:
         if self.by not in BY:
             raise FewerError(f"by={self.by!r}: attention of the 'class' token, or 'received' from all patches")
+        if self.since is not None and not 0 <= self.since < 1:
+            raise FewerError(f"since={self.since!r}: a share of the tower's depth, from 0 to below 1")
 
 
 @dataclass(frozen=True)
@@ -137,6 +142,14 @@ class TowerView:
         return TowerView(self.attention[:, index], self.logits[:, index], self.keys[:, index])
 
     @staticmethod
+    def mean(layers: "list[TowerView]") -> "TowerView":
+        """The mean of what several layers attend to, with the keys of the last."""
+        if len(layers) == 1:
+            return layers[0]
+        attention, logits = torch.stack([one.attention for one in layers]), torch.stack([one.logits for one in layers])
+        return TowerView(attention.mean(0), logits.mean(0), layers[-1].keys)
+
+    @staticmethod
     def join(views: "list[TowerView]") -> "TowerView":
         """What is said of several crops or pictures, as one list of tokens."""
         return TowerView(
@@ -153,6 +166,11 @@ class Question(_Visual):
 
 
 @dataclass(frozen=True)
+class Vocabulary(_Visual):
+    """The input embeddings of all words of the language model, one row for each id."""
+
+
+@dataclass(frozen=True)
 class TextAttention(_Visual):
     """What the layer before a cut attended with; before the first layer there is none."""
 
@@ -163,8 +181,8 @@ class Looked:
 
     `visual` are the columns of `key` that are the n tokens to decide about, `text` those of the text tokens, whose
     queries `query` holds in their order. Both are turned by their positions. `plain_query` and `plain_key` are not, and
-    are of the latest forward alone, before which `before` keys had come. `states` are the text tokens' own, and `after`
-    marks those that come after the row's first picture.
+    are of the latest forward alone, before which `before` keys had come; `turns` are its cosines and sines. `states`
+    are the text tokens' own, and `after` marks those that come after the row's first picture.
     """
 
     query: Float[Tensor, "heads t d"]
@@ -177,17 +195,25 @@ class Looked:
     states: Float[Tensor, "t hidden"]
     after: Bool[Tensor, " t"]
     scaling: float
+    turns: Float[Tensor, "2 fresh turned"] | None = None
 
-    def attention(self, rows: Int[Tensor, " r"] | slice = slice(-1, None), *, turned: bool = True) -> Tensor:
-        """What each head's queries of these text tokens (the last one) give to the visual tokens: `(heads, r, n)`, of a
-        softmax over all of the row's context that each of them sees. `turned=False` leaves positions out."""
+    def attention(
+        self,
+        rows: Int[Tensor, " r"] | slice = slice(-1, None),
+        *,
+        turned: bool = True,
+        to: Int[Tensor, " c"] | None = None,
+    ) -> Tensor:
+        """What each head's queries of these text tokens (the last one) give to the visual tokens, or to the columns
+        `to` of `key`: `(heads, r, n)`, of a softmax over all of the row's context that each of them sees.
+        `turned=False` leaves positions out."""
         query, key = (self.query, self.key) if turned else (self.plain_query, self.plain_key)
         first = 0 if turned else self.before
         query, at = query[:, rows].float(), self.text[rows] - first
         groups = query.shape[0] // key.shape[0]
         logits = query @ key.float().repeat_interleave(groups, 0).mT * self.scaling  # (heads, r, m)
         later = torch.arange(key.shape[1], device=key.device) > at.unsqueeze(1)
-        return logits.masked_fill(later, -torch.inf).softmax(-1)[..., self.visual - first]
+        return logits.masked_fill(later, -torch.inf).softmax(-1)[..., (self.visual if to is None else to) - first]
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class VisionZip:
 
     def reduce(self, tokens: Tokens, scores: Tensor, allocation: Allocation) -> Plan:
         keep, n = int(allocation.counts), scores.shape[-1]
-        folded = min(int(self.contextual * keep), keep - 1, n - keep)
+        folded = min(int(self.contextual * keep), keep - 1)
         order = scores[0].argsort(descending=True, stable=True)
         dominant, rest = order[: keep - folded].sort().values, order[keep - folded :].sort().values
         if not folded:

@@ -1,0 +1,199 @@
+"""The evidence for docs/vlm.md: every method for visual tokens on the reference model (trained for this, not a general
+one), in one command that can be interrupted.
+
+    python scripts/vlm_evidence.py [--minutes 60] [--share 0/2]
+
+Each line, one method at one keep on one task, is written to results/vlm.json when it is done; a later call goes on with
+those that are missing. docs/vlm.svg and the tables of docs/vlm.md are made from it. `--share i/n` takes every n-th
+method only, for n calls side by side; each writes a file of its own, that the next call without it takes in.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from fewer import reference_vlm
+from fewer.adapters.vlm_stages import places
+from fewer.methods import METHODS, of_family
+from fewer_eval import environment
+from fewer_eval.looking import TASKS
+from fewer_eval.looking.measure import TURN, Answerer, Line
+from fewer_eval.picture import scatter
+
+ROOT = Path(__file__).parents[1]
+RESULTS, PAGE, PICTURE = ROOT / "results" / "vlm.json", ROOT / "docs" / "vlm.md", ROOT / "docs" / "vlm.svg"
+GRADES = ROOT / "results" / "reference-vlm.json"
+KEEPS = (64, 32, 128, 16)
+"""Visual tokens kept of 256, in the order in which they are measured."""
+SAMPLES = 50
+VIDEO = ("evs", "dycoke")
+TOWER = ("turbo", "tome")
+GROUPS = {
+    "where": ("cell", "beside", "row", "column", "cell-of"),
+    "what": ("colour", "count", "kind", "holds", "more"),
+    "reading": ("number", "word"),
+    "second turn": (TURN,),
+}
+
+
+def tasks() -> list[str]:
+    """Those at which the model clearly beats its blind self, see results/reference-vlm.json."""
+    used = [grade["task"] for grade in json.loads(GRADES.read_text())["tasks"] if grade["used"]]
+    return [name for name in (*TASKS, TURN) if name in used]
+
+
+def cells(depth: int) -> list[tuple[str, int, str]]:
+    """Every method at every keep; those that cut late also with keep as the mean over the layers."""
+    chosen = [name for name in (*of_family("vlm"), *TOWER) if name not in ("full", *VIDEO)]
+    late = [name for name in chosen if name in of_family("vlm") and max(places(METHODS[name](), depth)) >= 0]
+    out = [("full", 256, "last")]
+    for keep in KEEPS:
+        out += [(name, keep, "last") for name in chosen] + [(name, keep, "mean") for name in late]
+    return out
+
+
+def share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def tables(lines: Sequence[Line]) -> str:
+    """A table a budget: lines are methods, best first; columns are groups of tasks."""
+    parts = []
+    for counted in ("last", "mean"):
+        for keep in sorted(KEEPS, reverse=True):
+            mine = [one for one in lines if one.method == "full" or (one.keep, one.counted) == (keep, counted)]
+            if counted == "mean":  # methods that cut before the first layer have one row for both
+                early = {one.method for one in lines if one.counted == "last"}
+                late = {one.method for one in lines if one.counted == "mean"}
+                mine += [o for o in lines if (o.keep, o.counted) == (keep, "last") and o.method in early - late]
+            methods = {one.method for one in mine}
+            if len(methods) < 2:
+                continue
+            rows = []
+            for method in methods:
+                own = {one.task: one for one in mine if one.method == method}
+                good = [one for one in own.values() if not one.error]
+                if not good:
+                    rows.append(
+                        (-1.0, f"| {method} | refused: {next(iter(own.values())).error.split(':')[0]} |" + " |" * 7)
+                    )
+                    continue
+                groups = []
+                for names in GROUPS.values():
+                    some = [own[name].right for name in names if name in own and not own[name].error]
+                    groups.append(fmean(some) if some else None)
+                mean = fmean(one.right for one in good)
+                seen = [one.seen for one in good if one.seen is not None]
+                figures = [share(one) for one in (mean, *groups, fmean(one.loyal for one in good))]
+                figures += [share(fmean(seen) if seen else None), f"{fmean(one.mean for one in good):.0f}"]
+                rows.append((mean, f"| {method} | {' | '.join(figures)} |"))
+            what = "left at the end" if counted == "last" else "a layer on average"
+            head = ["method", "all", *GROUPS, "loyal", "region", "read a layer"]
+            parts.append(
+                "\n".join(
+                    [f"**{keep} of 256 tokens {what}**", "", f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+                    + [row for _, row in sorted(rows, key=lambda row: -row[0])]
+                )
+            )
+    return "\n\n".join(parts)
+
+
+def panels(lines: Sequence[Line]) -> dict[str, list[tuple[str, float, float]]]:
+    """Share answered right against visual tokens a layer, a panel for each group of tasks."""
+    out: dict[str, list[tuple[str, float, float]]] = {}
+    for title, names in GROUPS.items():
+        points = []
+        for method, keep in dict.fromkeys((one.method, one.keep) for one in lines if one.counted == "last"):
+            some = [
+                one for one in lines
+                if (one.method, one.keep, one.counted) == (method, keep, "last") and one.task in names and not one.error
+            ]  # fmt: skip
+            if some:
+                points.append((method, fmean(one.mean for one in some), fmean(one.right for one in some)))
+        if points:
+            out[title] = points
+    return out
+
+
+def put(page: str, part: str, content: str) -> str:
+    """The page with that part written anew."""
+    before, _, rest = page.partition(f"<!-- {part} -->")
+    _, _, after = rest.partition(f"<!-- /{part} -->")
+    return f"{before}<!-- {part} -->\n{content}\n<!-- /{part} -->{after}"
+
+
+def write(lines: Sequence[Line], path: Path) -> None:
+    record = {
+        "date": date.today().isoformat(), "model": "reference model trained for this, not a general one",
+        "samples": "held out, seeds from 0", "hardware": environment.hardware(), "versions": environment.versions(),
+        "rows": [line.to_dict() for line in lines],
+    }  # fmt: skip
+    unfinished = path.with_suffix(".partial")
+    unfinished.write_text(json.dumps(record, indent=0) + "\n")
+    unfinished.replace(path)
+
+
+def publish(lines: Sequence[Line]) -> None:
+    """The tables and the picture, from all there is."""
+    if PAGE.exists():
+        PAGE.write_text(put(PAGE.read_text(), "evidence", tables(lines)))
+    PICTURE.write_text(scatter(panels(lines), "visual tokens a layer"))
+
+
+def read(path: Path) -> list[Line]:
+    return [Line(**row) for row in json.loads(path.read_text())["rows"]] if path.exists() else []
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this long; the rest can wait")
+    parser.add_argument("--share", default="0/1", help="every n-th method only, as in 0/2")
+    options = parser.parse_args()
+    turn, turns = map(int, options.share.split("/"))
+    end = time.monotonic() + 60 * options.minutes
+    model, processor = reference_vlm.load(say=print)
+    answerer = Answerer(model, processor)
+    path = RESULTS if turns == 1 else RESULTS.with_name(f"vlm.share-{turn}.json")
+    lines = read(RESULTS)
+    for other in sorted(RESULTS.parent.glob("vlm.share-*.json")):
+        if turns == 1 or other == path:
+            lines += read(other)
+    known: dict[Any, Line] = {(one.task, one.method, one.keep, one.counted): one for one in lines}
+    every = cells(model.config.text_config.num_hidden_layers)
+    order = list(dict.fromkeys(name for name, _, _ in every))
+    mine = [cell for cell in every if order.index(cell[0]) % turns == turn]
+    left = [(task, *cell) for cell in mine for task in tasks() if (task, *cell) not in known]
+    columns = (TextColumn("{task.description:50s}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns) as progress:
+        bar = progress.add_task("", total=len(left))
+        for task, method, keep, counted in left:
+            if time.monotonic() > end:
+                break
+            progress.update(bar, description=f"{task}, {method} at {keep} ({counted})")
+            if task == TURN and (method in TOWER or method == "downsampled-image"):
+                known[task, method, keep, counted] = Line(
+                    task, method, keep, counted, 0, error="measured on one turn only"
+                )
+            else:
+                known[task, method, keep, counted] = answerer.measure(task, method, keep, counted, SAMPLES)
+            progress.advance(bar)
+            write(list(known.values()), path)
+    if turns == 1:
+        write(list(known.values()), RESULTS)
+        publish(list(known.values()))
+        for other in RESULTS.parent.glob("vlm.share-*.json"):
+            other.unlink()
+    print(f"{len(known)} lines, {len(left)} were missing")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
