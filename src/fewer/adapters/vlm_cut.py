@@ -8,7 +8,6 @@ the separators between them. Text always goes on.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from fewer.adapters.hf_shorten import Passed
 from fewer.adapters.vlm_cache import marked
+from fewer.adapters.vlm_places import centred, compacted, tables, unturned
 from fewer.adapters.vlm_scene import Picture
 from fewer.adapters.vlm_stages import Stage, Stages
 from fewer.adapters.vlm_stages import places as cuts
@@ -181,7 +181,8 @@ class Cutter:
                 for features in (states, *deep):
                     features[row, at[survivors]] = plan.apply(features[row, at].unsqueeze(0))[0, : len(survivors)]
                 if self.positions == "centroid":
-                    self._centre(row, columns, plan)
+                    assert self.places is not None
+                    self.places = centred(self.places, row, columns, plan)
             stays = torch.zeros(len(at), dtype=torch.bool, device=at.device)
             stays[survivors] = True
             gone.append(at[~stays])
@@ -257,28 +258,14 @@ class Cutter:
         before = int(real[: n - k].sum())
         asks, text = self._text(row)
         then = self._where(row, where.device, cache)  # as the layer had them: an earlier stage may have cut here too
-        cos, sin = self._tables(given, cache.shared.passed, row)
+        cos, sin = tables(given, cache.shared.passed, row, self.shared.host.config)
         fresh = dense.keys[row][:, n - k :]
         return Looked(
             query[row][:, then[text]], dense.keys[row][:, real],
-            _unturned(query[row], cos, sin)[:, then[text]], _unturned(fresh, cos, sin)[:, real[n - k :]],
+            unturned(query[row], cos, sin)[:, then[text]], unturned(fresh, cos, sin)[:, real[n - k :]],
             rank[n - k + then[columns]], rank[n - k + then[text]], before, states[row, where[text]],
             torch.isin(text, asks), scaling, torch.stack([cos, sin])[:, real[n - k :]],
         )  # fmt: skip
-
-    def _tables(self, given: dict[str, Any], passed: Passed | None, row: int) -> tuple[Tensor, Tensor]:
-        """The rotary tables `(k, d)` of the row's states."""
-        tables = given.get("position_embeddings") if passed is None else passed.moved.get("position_embeddings")
-        if tables is None and passed is not None:
-            tables = passed.of(given.get("position_embeddings"))
-        if not isinstance(tables, tuple) or len(tables) != 2 or tables[0].ndim not in (3, 4):
-            raise MissingSignal("this language model does not hand rotary tables to its layers, so queries stay turned")
-        if tables[0].ndim == 4:  # of time, rows and columns, which its attention puts together by sections, up to 5.2
-            sections = 2 * self.shared.host.config.rope_parameters["mrope_section"]
-            split = [[axis.split(sections, dim=-1) for axis in table] for table in tables]
-            tables = tuple(torch.cat([each[i % 3][i] for i in range(len(sections))], -1) for each in split)
-        cos, sin = (table[row % len(table)].float() for table in tables)
-        return cos, sin
 
     def _where(self, row: int, device: Any, cache: "Cache") -> Tensor:
         """Every column's place among the states on their way."""
@@ -307,55 +294,14 @@ class Cutter:
             return
         assert self.places is not None and self.turn is not None
         if self.positions == "compact":
-            self.places, self.shift = self._compacted(cut)
+            visual = [torch.cat([one.columns for one in row]) for row in self.rows]
+            self.places, self.shift = compacted(self.places, cut.columns, visual)
         at = cut.columns.clamp(min=0)
         mine = self.places.gather(-1, at.expand(*self.places.shape[:-1], at.shape[-1]))
         axes = mine[-3:] if mine.ndim == 3 else mine  # the first of four rows numbers the tokens, for masks
         cut.moved = {"position_embeddings": self.turn(states, axes)}
         if given.get("position_ids") is not None:
             cut.moved["position_ids"] = given["position_ids"].gather(-1, at)
-
-    def _centre(self, row: int, columns: Tensor, plan: Reduction) -> None:
-        """Survivors move to the mean place of all that they took in."""
-        assert self.places is not None
-        if not self.places.is_floating_point():
-            self.places = self.places.float()
-        survivors = plan.survivors[0][plan.survivors[0] >= 0]
-        mine = self.places[..., row, columns].reshape(-1, len(columns)).T  # (n, axes)
-        both = plan.apply(torch.cat([mine, torch.ones_like(mine[:, :1])], 1).unsqueeze(0))[0, : len(survivors)]
-        mean = (both[:, :-1] / both[:, -1:]).T
-        self.places[..., row, columns[survivors]] = mean.view(*self.places.shape[:-2], len(survivors))
-
-    def _compacted(self, cut: Passed) -> tuple[Tensor, Tensor]:
-        """Positions without gaps: text goes on by ones; every run of visual tokens is ranked, axis by axis, and what
-        comes next starts after the highest rank. And by how much what comes later is moved."""
-        assert self.places is not None
-        places, shift = self.places.clone(), []
-        flat = places if places.ndim == 3 else places.unsqueeze(0)
-        for row, pictures in enumerate(self.rows):
-            columns = cut.columns[row][cut.columns[row] >= 0]
-            visual = torch.zeros(flat.shape[-1], dtype=torch.bool, device=columns.device)
-            for one in pictures:
-                visual[one.columns] = True
-            marks = visual[columns]
-            edges = [0, *((marks.diff() != 0).nonzero().flatten() + 1).tolist(), len(columns)]
-            now = int(flat[-1, row, columns[0]])
-            for begin, end in pairwise(edges):
-                run = columns[begin:end]
-                ranks = [torch.unique(axis[run], return_inverse=True)[1] for axis in flat[:, row]]
-                flat[:, row, run] = now + torch.stack(ranks).to(flat.dtype)
-                now += 1 + max(int(rank.max()) for rank in ranks[-3:])
-            last = self.places[..., row, columns[-1]].max()
-            shift.append(int(last) + 1 - now)
-        return places, torch.tensor(shift, device=places.device)
-
-
-def _unturned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Queries or keys `(heads, n, d)` without the turn by their positions, which halves of the features share."""
-    d = cos.shape[-1]
-    x, rest = x[..., :d].float(), x[..., d:].float()
-    half = torch.cat([-x[..., d // 2 :], x[..., : d // 2]], -1)
-    return torch.cat([x * cos - half * sin, rest], -1)
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:

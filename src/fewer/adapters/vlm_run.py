@@ -26,7 +26,7 @@ from fewer.adapters.vlm_scene import Picture, Taps
 from fewer.adapters.vlm_stages import Stages, early
 from fewer.cost import Decoder
 from fewer.methods import family_of, name_of, resolve
-from fewer.report import Report
+from fewer.report import VisualReport
 from fewer.signals.visual import Tower
 from fewer.types import Budget, FewerError, Keep, Method, UnsupportedModel
 
@@ -47,38 +47,6 @@ class Asked:
     when: str | None = None
     every: int | None = None
     store: Any = None
-
-
-@dataclass(frozen=True)
-class VisualReport:
-    """What shortening the visual tokens of the latest prompt saved and cost.
-
-    `read` is how many visual tokens each layer of the language model read, separators counted, of `had` in the prompt;
-    `flops` is the share that is left of the FLOPs of the language model's layers, all rows taken as one; `seconds` is
-    what deciding took; `first_token` the time from the start of the language model's first forward to its end; `cache`
-    the report of the key-value cache.
-    """
-
-    methods: tuple[str, ...]
-    keep: Any
-    had: int
-    read: tuple[float, ...]
-    seconds: float
-    first_token: float
-    flops: float
-    cache: Report
-
-    @property
-    def mean(self) -> float:
-        """Visual tokens that a layer read, on average: the number to compare methods by."""
-        return sum(self.read) / len(self.read)
-
-    def __str__(self) -> str:
-        return (
-            f"{' + '.join(self.methods)} keep={self.keep}: layers read {self.mean:.1f} of {self.had} visual tokens on "
-            f"average, the last one {self.read[-1]:.0f}; {self.flops:.1%} of the prefill's FLOPs; deciding took "
-            f"{self.seconds * 1000:.1f} ms of {self.first_token * 1000:.1f} ms to the first token\n{self.cache}"
-        )
 
 
 class Run:
