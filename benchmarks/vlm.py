@@ -120,7 +120,7 @@ class Case:
         if not whole:
             report = run.report
             self.choosing.append(report.seconds)
-            self.flops, self.mean, self.bytes = report.flops, report.mean, report.cache.bytes_kept
+            self.flops, self.mean, self.bytes = report.flops - report.choosing, report.mean, report.cache.bytes_kept
             if report.read[-1] > self.keep:
                 raise SystemExit(f"{self.method} left {report.read[-1]} tokens of {self.keep}: nothing is worth timing")
 

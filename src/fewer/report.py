@@ -116,9 +116,9 @@ class VisualReport:
     """What shortening the visual tokens of the latest prompt saved and cost.
 
     `read` is how many visual tokens each layer of the language model read, separators counted, of `had` in the prompt;
-    `flops` is the share that is left of the FLOPs of the language model's layers, all rows taken as one; `seconds` is
-    what deciding took; `first_token` the time from the start of the language model's first forward to its end; `cache`
-    the report of the key-value cache.
+    `flops` is the share that is left of the FLOPs of the language model's layers, rows taken to be alike, with those of
+    the decisions' own matrix products, which `choosing` is the share of; `seconds` is what deciding took; `first_token`
+    the time from the start of the language model's first forward to its end; `cache` the report of the key-value cache.
     """
 
     methods: tuple[str, ...]
@@ -128,6 +128,7 @@ class VisualReport:
     seconds: float
     first_token: float
     flops: float
+    choosing: float
     cache: Report
 
     @property
@@ -138,6 +139,7 @@ class VisualReport:
     def __str__(self) -> str:
         return (
             f"{' + '.join(self.methods)} keep={self.keep}: layers read {self.mean:.1f} of {self.had} visual tokens on "
-            f"average, the last one {self.read[-1]:.0f}; {self.flops:.1%} of the prefill's FLOPs; deciding took "
+            f"average, the last one {self.read[-1]:.0f}; {self.flops:.1%} of the prefill's FLOPs "
+            f"({self.choosing:.1%} for deciding); deciding took "
             f"{self.seconds * 1000:.1f} ms of {self.first_token * 1000:.1f} ms to the first token\n{self.cache}"
         )

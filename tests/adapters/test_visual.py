@@ -527,3 +527,23 @@ def test_stages_from_the_tower_to_the_cache() -> None:
     folded = pytest.raises(UnsupportedModel, match="one token out of several")
     with folded, fewer.compress(vlms.qwen2_vl().model, "tome", keep=0.5):
         pass
+
+
+@torch.no_grad()
+def test_what_deciding_costs_is_in_the_flops() -> None:
+    case = vlms.llava()
+    inputs = case.inputs([1])
+    with fewer.compress(case.model, "random", keep=9) as run:
+        case.model(**inputs)
+    text = 9
+    expected = run.cost.layer_flops(text + 9) / run.cost.layer_flops(text + 36)
+    assert inputs["input_ids"].shape[1] == text + 36
+    assert run.report.choosing == 0 and abs(run.report.flops - expected) < 1e-9
+    with fewer.compress(case.model, "divprune", keep=9) as run:
+        case.model(**inputs)
+        once = run.report
+        case.model(**inputs)
+    products = 2 * (2 * 36 * 36 * 32)  # every token's cosine with every other: to score, and again to choose
+    share = products / (5 * run.cost.layer_flops(text + 36))
+    assert abs(once.choosing - share) < 1e-9 and abs(once.flops - expected - share) < 1e-9
+    assert run.report.choosing == once.choosing, "counted once, and known from then on"

@@ -7,12 +7,14 @@ the separators between them. Text always goes on.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from fewer.adapters.hf_shorten import Passed
 from fewer.adapters.vlm_cache import marked
@@ -63,6 +65,10 @@ class Cutter:
     tokens: int = 0
     """Visual tokens, and all tokens, of that forward."""
     seconds: float = 0.0
+    choosing: int = 0
+    """FLOPs of the matrix products of that forward's decisions."""
+    costs: dict[tuple[int, int, int], int] = field(default_factory=dict)
+    """Those of one decision, by its place and its counts."""
 
     @property
     def after(self) -> frozenset[int]:
@@ -75,7 +81,7 @@ class Cutter:
     def begin(self, ids: Tensor, rows: list[list[Picture]], padding: Tensor, places: Tensor | None) -> None:
         """A forward with these pictures starts."""
         self.ids, self.rows, self.padding, self.places = ids, rows, padding, places
-        self.deep, self.plans, self.seconds = [], [], 0.0
+        self.deep, self.plans, self.seconds, self.choosing = [], [], 0.0, 0
         self.had = sum(len(one.columns) + len(one.separators) for row in rows for one in row)
         self.tokens = int((~padding).sum())
         self.counts = [float(self.had)] * self.shared.layers_all
@@ -173,7 +179,7 @@ class Cutter:
             if count >= len(at):
                 continue
             tokens = self._tokens(stage.method, after, row, group, where, states, given, cache)
-            plan: Reduction = step(stage.method, Budget(count, tokens=count), tokens)
+            plan = self._decide(stage.method, after, count, tokens)
             survivors = plan.survivors[0]
             survivors = survivors[survivors >= 0]
             self.plans.append((after, row, number if self.stages.per == "picture" else -1, plan))
@@ -192,6 +198,16 @@ class Cutter:
                 one.alive = one.alive[stays[first : first + n]]
                 first += n
         return torch.cat(gone) if gone else where[:0]
+
+    def _decide(self, method: Any, after: int, count: int, tokens: Tokens) -> Reduction:
+        """One decision. What it costs is counted once for each shape, as counting takes longer than deciding."""
+        key, budget = (after, tokens.features.shape[1], count), Budget(count, tokens=count)
+        with nullcontext() if key in self.costs else FlopCounterMode(display=False) as counter:
+            plan: Reduction = step(method, budget, tokens)
+        if counter is not None:
+            self.costs[key] = counter.get_total_flops()
+        self.choosing += self.costs[key]
+        return plan
 
     def _tokens(
         self, method: Any, after: int, row: int, group: list[Picture], where: Tensor, states: Tensor,

@@ -107,12 +107,12 @@ class Run:
     def report(self) -> VisualReport:
         """What the latest prompt with pictures saved and cost."""
         cutter, cache = self.cutter, self.inner.report
-        layers, text = len(cutter.counts), cutter.tokens - cutter.had
-        flops = sum(self.cost.layer_flops(text + count) for count in cutter.counts)
-        flops /= layers * self.cost.layer_flops(cutter.tokens)
+        b, text = max(1, len(cutter.pictures)), cutter.tokens - cutter.had
+        whole = b * len(cutter.counts) * self.cost.layer_flops(cutter.tokens / b)
+        left = b * sum(self.cost.layer_flops((text + count) / b) for count in cutter.counts)
         return VisualReport(
             tuple(self.named), self.stages.budget.keep, cutter.had, tuple(cutter.counts),
-            cutter.seconds, self.first_token, flops, cache,
+            cutter.seconds, self.first_token, (left + cutter.choosing) / whole, cutter.choosing / whole, cache,
         )  # fmt: skip
 
     # --- hooks ---
