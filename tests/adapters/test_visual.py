@@ -547,3 +547,24 @@ def test_what_deciding_costs_is_in_the_flops() -> None:
     share = products / (5 * run.cost.layer_flops(text + 36))
     assert abs(once.choosing - share) < 1e-9 and abs(once.flops - expected - share) < 1e-9
     assert run.report.choosing == once.choosing, "counted once, and known from then on"
+
+
+@torch.no_grad()
+def test_the_final_set_is_held_in_every_layer(case: vlms.Case) -> None:
+    """Read once, a prompt leaves no layer with visual tokens that the last one went without; text is whole."""
+    inputs = case.inputs([2, 1])
+    method = fewer.METHODS["mustdrop"](by="class" if case.classes else "received")
+    before = case.model(**inputs).logits
+    with fewer.compress(case.model, method, keep=3):
+        out = case.model(**inputs)
+        answer = case.model.generate(**inputs, max_new_tokens=2, do_sample=False, eos_token_id=-1)
+    there = inputs["attention_mask"].bool()
+    visual = (inputs["input_ids"] == vlms.IMAGE) | (inputs["input_ids"] == vlms.VIDEO)
+    text = [int((row & ~seen).sum()) for row, seen in zip(there, visual, strict=True)]
+    cache = out.past_key_values
+    for layer in cache.report.layers:
+        assert layer.kept == tuple((count + 3 * n,) * 2 for count, n in zip(text, (2, 1), strict=True))
+    held = [layer._dense().positions for layer in cache.layers]
+    assert all(torch.equal(one, held[0]) for one in held), "the same tokens everywhere"
+    assert answer.shape[1] == inputs["input_ids"].shape[1] + 2
+    assert torch.equal(case.model(**inputs).logits, before)

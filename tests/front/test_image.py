@@ -96,3 +96,68 @@ def test_rates_are_fitted_on_a_folder_of_pictures(fewer, photo: Path, model: str
 def test_what_cannot_be_fitted_is_said(fewer, words: tuple[str, ...], says: str, tmp_path: Path) -> None:
     code, _, err = fewer(*words, "--out", str(tmp_path / "f"))
     assert code != 0 and says in " ".join(err.split())
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small vision-language model with its processor, as a folder."""
+    import transformers as tf
+
+    from fewer.reference_vlm import IMAGE, processor_of, word_tokenizer
+    from tests.vlms import TEXT, TOWER
+
+    folder = tmp_path_factory.mktemp("asked")
+    tokenizer = word_tokenizer(["what", "is", "here"])
+    mark = tokenizer.convert_tokens_to_ids(IMAGE)
+    config = tf.LlavaConfig(
+        vision_config=tf.CLIPVisionConfig(**{**TOWER, "image_size": 224, "patch_size": 14}),
+        text_config=tf.LlamaConfig(**{**TEXT, "vocab_size": len(tokenizer)}),
+        image_token_index=mark,
+        image_token_id=mark,
+        image_seq_length=256,
+    )
+    processor = processor_of(tokenizer)
+    processor.chat_template = "{% for m in messages %}{% for c in m.content %}" + (
+        "{% if c.type == 'image' %}<image>{% else %}{{ c.text }}{% endif %}{% endfor %}{% endfor %}"
+    )
+    tf.LlavaForConditionalGeneration(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("method", "keep", "mean"), [("fastv", 16, 112), ("visionzip,fastv", 16, 35.2), ("turbo,knorm", 36, 96)]
+)
+def test_a_question_is_asked(
+    fewer, photo: Path, asked: str, tmp_path: Path, method: str, keep: int, mean: float
+) -> None:
+    drawn = tmp_path / "asked.png"
+    words = (
+        "image",
+        str(photo),
+        "--question",
+        "what is here",
+        "--method",
+        method,
+        "--keep",
+        str(keep),
+        "--model",
+        asked,
+    )
+    code, out, err = fewer(*words, "--out", str(drawn), "--json")
+    assert code == 0, err
+    said = json.loads(out.splitlines()[-1])
+    assert said["visual"] == 256 and said["mean"] == mean and said["flops"] < 1
+    assert {"full", "answer"} <= said.keys()
+    with Image.open(drawn) as picture:
+        assert picture.size == (2 * 448 + 14, 448) or picture.size[1] == 448
+    code, out, _ = fewer(*words, "--out", str(drawn))
+    assert code == 0 and "all 256 visual tokens:" in out
+
+
+def test_a_question_for_a_method_of_encoders_and_a_bad_model(fewer, photo: Path, model: str, asked: str) -> None:
+    words = ("image", str(photo), "--question", "what is here", "--keep", "16")
+    code, _, err = fewer(*words, "--method", "bm25", "--model", asked)
+    assert code == 2 and "shortens texts" in err
+    code, _, err = fewer(*words, "--method", "fastv", "--model", model)
+    assert code == 2 and "vision-language model" in err

@@ -1,11 +1,17 @@
-"""A cache's method that is kept to visual entries: text stays whole, whatever it is worth."""
+"""Caches of vision-language models: a method kept to visual entries, and early layers cut to what went on.
+
+OnlyVisual(method)    text stays whole, whatever it is worth
+FinalSet()            once a prompt is read, no layer holds visual tokens that did not reach the last one
+"""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from fewer.reduce.select import top_k
+from fewer.signals import EveryLayer
 from fewer.signals.visual import Marked, VisualEntries
 from fewer.types import Allocation, Budget, FewerError, Matching, Method, Tokens
 
@@ -68,10 +74,30 @@ class OnlyVisual:
         return self.inner.reduce(tokens, scores, allocation)
 
 
-def marked(marks: list[Tensor], wanted: list[int], positions: Tensor) -> Marked:
-    """The visual entries among what a layer holds, by the place that each had in its row."""
+@dataclass(frozen=True)
+class FinalSet:
+    """Drops, from every layer, visual tokens that later layers went on without; `MustDrop`'s third stage."""
+
+    needs: ClassVar[frozenset[Any]] = frozenset({VisualEntries(), EveryLayer()})  # when the last layer has read
+
+    def score(self, tokens: Tokens) -> Tensor:
+        return tokens.signal(VisualEntries, Marked).final.float()
+
+    def allocate(self, tokens: Tokens, scores: Tensor, budget: Budget) -> Allocation:
+        return Allocation((scores > 0).sum(-1))
+
+    def reduce(self, tokens: Tokens, scores: Tensor, allocation: Allocation) -> Any:
+        return top_k(scores, allocation)
+
+
+def marked(marks: list[Tensor], gone: list[Tensor], wanted: list[int], positions: Tensor) -> Marked:
+    """The visual entries among what a layer holds, and those that some layer went on without, by the place that each
+    had in its row."""
     longest = max(map(len, marks))
-    table = torch.stack([torch.nn.functional.pad(row, (0, longest - len(row))) for row in marks]).to(positions.device)
-    at = positions.clamp(min=0, max=longest - 1)
-    visual = table.unsqueeze(1).expand(*positions.shape[:2], longest).gather(-1, at)
-    return Marked(visual & (positions >= 0) & (positions < longest), tuple(wanted))
+    at, there = positions.clamp(min=0, max=longest - 1), (positions >= 0) & (positions < longest)
+
+    def entries(rows: list[Tensor]) -> Tensor:
+        table = torch.stack([torch.nn.functional.pad(row, (0, longest - len(row))) for row in rows])
+        return table.to(positions.device).unsqueeze(1).expand(*positions.shape[:2], longest).gather(-1, at) & there
+
+    return Marked(entries(marks), there & ~entries(gone), tuple(wanted))

@@ -103,7 +103,16 @@ class Cutter:
 
     def entries(self, positions: Tensor) -> Marked:
         """Which of the entries at these positions `(b, h, n)` of their rows are visual."""
-        return marked(self.marks, self.wanted, positions)
+        gone = [torch.zeros_like(row) for row in self.marks]
+        for row, pictures in enumerate(self.rows):
+            assert self.padding is not None
+            without = torch.zeros_like(self.padding[row])
+            for one in pictures:
+                without[one.columns] = without[one.separators] = True
+                without[one.columns[one.alive]] = False
+            real = without[~self.padding[row]]
+            gone[row][len(gone[row]) - len(real) :] = real
+        return marked(self.marks, gone, self.wanted, positions)
 
     def finish(self) -> None:
         """That forward is over."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fewer.adapters import hf_cache, hf_shorten
 from fewer.adapters.hf_bind import Host
 from fewer.adapters.hf_policy import Policy, Shared
-from fewer.adapters.vlm_cache import OnlyVisual
+from fewer.adapters.vlm_cache import FinalSet, OnlyVisual
 from fewer.adapters.vlm_cut import Cutter
 from fewer.adapters.vlm_encoder import Early
 from fewer.adapters.vlm_scene import Picture, Taps
@@ -246,7 +246,11 @@ def session(model: Any, methods: Sequence[Any], asked: Asked) -> Iterator[Run]:
     def made(shared: Shared) -> Cutter:
         return Cutter(stages, shared, positions, text.rotary_emb, lambda: text.get_input_embeddings().weight)
 
-    inside = resolve("full") if caching is None or stages.whole else OnlyVisual(caching)
+    inside: Method = resolve("full")
+    if caching is not None and not stages.whole:
+        inside = OnlyVisual(caching)
+    elif not stages.whole and any(getattr(one, "final", False) for one in cutting):
+        inside = FinalSet()
     policy = Policy.of(inside, Budget.parse(1.0), asked.when, asked.every, asked.store)
     policy = replace(policy, cutter=made)
     named = [name_of(one) for one in (*cutting, *([caching] if caching is not None else []))]

@@ -223,7 +223,9 @@ class VisualEntries(_Visual):
 
 @dataclass(frozen=True)
 class Marked:
-    """`visual` marks entries of every head; `wanted` is how many of each row's visual entries stay."""
+    """`visual` marks entries of every head, `final` text and those visual entries that every layer so far went on
+    with; `wanted` is how many of each row's visual entries stay."""
 
     visual: Bool[Tensor, "b h n"]
+    final: Bool[Tensor, "b h n"]
     wanted: tuple[int, ...]

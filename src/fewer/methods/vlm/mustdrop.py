@@ -6,14 +6,13 @@ word needs, but never what the tower holds to be the key.
     key     the 8 % of tokens with the greatest attention of the class token in the tower's last layer
     drop    after four layers, j leaves if  sum_i A[i, j] < g sum_ij A[i, j]  and  max_i A[i, j] < e  and j is no key;
             A: mean over heads, i: text after the picture; g = e = 0.001
+    final   once the prompt is read, the first layers' caches are cut to the tokens that the last layer has
 
 Differs from the paper: thresholds become budgets. The paper merges windows above a cosine of 0.8; here as many as the
 count at the first cut wants, the last of them in part (its tokens most like its last), in larger windows where 3 x 3
 cannot meet it. At a later cut g and e are multiplied by the one factor that meets the count. Where the key set alone is
 too large, the rule chooses among it. Windows are merged where the language model begins, not after the tower's first
-layer, so the tower is no faster; the key set is a share of the picture's tokens before merging. Positions are kept. Its
-third stage, which also shortens the first layers' caches to the final tokens once the prompt is read, is left out: what
-a layer has cached stays.
+layer, so the tower is no faster; the key set is a share of the picture's tokens before merging. Positions are kept.
 """
 
 import math
@@ -51,11 +50,12 @@ class MustDrop:
     stages: tuple[int, ...] = (2, 6, 10, 14)
     by: By = "class"
 
+    final: ClassVar[bool] = True
     card: ClassVar[Card] = Card(
         source="arXiv 2411.10803",
         faithfulness="paper",
         mechanism="merge",
-        differs="budgets for thresholds; windows merged after the projector; earlier layers' caches are left alone",
+        differs="budgets for thresholds; windows merged after the projector",
         slugs=("mustdrop",),
     )
 
