@@ -280,6 +280,24 @@ def test_beams(case: vlms.Case) -> None:
 
 
 @torch.no_grad()
+def test_chunks_of_a_prompt() -> None:
+    """A chunk that holds the picture is cut as the whole prompt is; one that ends inside it is refused."""
+    case = vlms.llava()
+    inputs = case.inputs([1])
+    assert (inputs["input_ids"][0] == vlms.IMAGE).nonzero().flatten().tolist() == list(range(3, 39))
+    never: dict[str, Any] = {"eos_token_id": -1, "do_sample": False, "max_new_tokens": 3}
+    with fewer.compress(case.model, "uniform", keep=9) as run:
+        whole = case.model.generate(**inputs, **never)
+        case.model.get_image_features(inputs["pixel_values"])  # for nothing
+        chunks = case.model.generate(**inputs, **never, prefill_chunk_size=41)
+        assert torch.equal(whole, chunks)
+        assert len(run.kept[0][0]) == 9
+        with pytest.raises(FewerError, match="chunks inside a picture"):
+            case.model.generate(**inputs, **never, prefill_chunk_size=20)
+        assert torch.equal(whole, case.model.generate(**inputs, **never)), "and goes on as before"
+
+
+@torch.no_grad()
 def test_only_visual_entries_leave_the_cache() -> None:
     case = vlms.llava()
     inputs = case.inputs([2, 1])

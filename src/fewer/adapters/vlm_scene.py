@@ -34,7 +34,7 @@ class Picture:
 
 
 class Taps:
-    """Everything that was encoded and not yet read by the language model, in order."""
+    """What was encoded last and not yet read by the language model, in order."""
 
     def __init__(self, model: Any, needs: frozenset[Tower], early: Early | None = None) -> None:
         self.base, self.early = model.base_model, early
@@ -100,20 +100,19 @@ class Taps:
             Piece(_on(p.layout, device), p.content.to(device), p.crops, None if a is None else a.to(device))
             for p, a in zip(pieces, alive, strict=True)
         ]
-        self.pieces[kind] += zip(moved, views, strict=True)
+        self.pieces[kind] = list(zip(moved, views, strict=True))  # a forward reads what was encoded last
 
     def scene(self, ids: Tensor) -> list[list[Picture]]:
         """The pictures of every row, in the order of the prompt; what was waiting is taken."""
         rows: list[list[Picture]] = [[] for _ in range(len(ids))]
         for kind in ("image", "video"):
-            waiting, self.pieces[kind] = self.pieces[kind], []
             mark = getattr(self.base.config, f"{kind}_token_id", None)
-            if mark is None:
-                continue
-            columns = [(row == mark).nonzero().flatten() for row in ids]
-            there, have = sum(map(len, columns)), sum(len(piece) for piece, _ in waiting)
+            columns = [] if mark is None else [(row == mark).nonzero().flatten() for row in ids]
+            there = sum(map(len, columns))
             if not there:
-                continue
+                continue  # a chunk of a prompt: what waits is for a later one
+            waiting, self.pieces[kind] = self.pieces[kind], []
+            have = sum(len(piece) for piece, _ in waiting)
             if not have:
                 raise FewerError(
                     f"the prompt has {there} {kind} tokens and no {kind} was encoded inside fewer.compress: pass "
