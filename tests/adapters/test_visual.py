@@ -8,7 +8,7 @@ import transformers
 from torch import Tensor
 
 import fewer
-from fewer.types import BudgetError, FewerError, UnsupportedModel
+from fewer.types import BudgetError, FewerError, MissingSignal, UnsupportedModel
 from tests import vlms
 
 CLOSE = 1e-4
@@ -586,3 +586,34 @@ def test_the_final_set_is_held_in_every_layer(case: vlms.Case) -> None:
     assert all(torch.equal(one, held[0]) for one in held), "the same tokens everywhere"
     assert answer.shape[1] == inputs["input_ids"].shape[1] + 2
     assert torch.equal(case.model(**inputs).logits, before)
+
+
+@torch.no_grad()
+def test_a_saved_cache_goes_on_without_its_pictures(tmp_path: Any) -> None:
+    case = vlms.llava()
+    inputs = case.inputs([1])
+    told = {
+        "input_ids": torch.tensor([[5]]),
+        "attention_mask": torch.ones(1, inputs["input_ids"].shape[1] + 1, dtype=torch.long),
+    }
+    with fewer.compress(case.model, "fastv", keep=6) as run:
+        cache = case.model(**inputs).past_key_values
+        cache.save(tmp_path / "cache.safetensors")
+        with fewer.Cache.load(case.model, tmp_path / "cache.safetensors") as loaded:
+            again = case.model(**told, past_key_values=loaded).logits
+            more = case.inputs([1], seed=3)
+            ones = torch.ones(1, told["attention_mask"].shape[1] + more["input_ids"].shape[1], dtype=torch.long)
+            case.model(**more | {"attention_mask": ones}, past_key_values=loaded)
+            assert len(run.kept[0][0]) == 6, "a new picture is cut in a loaded cache too"
+        assert torch.equal(case.model(**told, past_key_values=cache).logits, again)
+
+
+@torch.no_grad()
+def test_methods_that_count_positions_along_a_row_refuse_multimodal_ones() -> None:
+    case = vlms.qwen2_vl()
+    for method, kind in (("expected-attention", MissingSignal), ("kvzip", UnsupportedModel)):
+        with pytest.raises(kind), fewer.compress(case.model, method, keep=0.5):
+            pass
+    with fewer.compress(case.model, "knorm", keep=0.5) as run:  # and others serve it
+        case.model(**case.inputs([1]))
+    assert run.report.kept < 0.55

@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fewer import fit
 from fewer.adapters.encoder_blocks import HOSTS
-from fewer.adapters.hf_rotary import HostRotary, find
+from fewer.adapters.hf_rotary import HostRotary, find, multimodal
 from fewer.signals import ROTARY_NEEDS, Projection
 from fewer.types import Method, MissingSignal, UnsupportedModel
 
@@ -139,6 +139,11 @@ class Host:
                 raise MissingSignal(
                     f"{type(method).__name__} needs {type(need).__name__}, and {type(self.model).__name__} has no "
                     f"rotary position embedding that can be used by itself"
+                )
+            if getattr(need, "probe", False) and multimodal(self.model):
+                raise UnsupportedModel(
+                    f"{type(method).__name__} has the model read its prompt once more, and {type(self.model).__name__} "
+                    f"counts positions in time, rows and columns, which are not known for what it would read"
                 )
             if isinstance(need, Projection) and self.output(0) is None:
                 raise MissingSignal(

@@ -59,7 +59,7 @@ def find(model: nn.Module, attention: nn.Module, head_dim: int) -> HostRotary | 
     apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
     found = (getattr(m, "rotary_emb", None) for m in model.modules())
     module = next((m for m in found if isinstance(m, nn.Module)), None)
-    if apply is None or module is None:
+    if apply is None or module is None or multimodal(model):
         return None
     layer_type = None
     if "layer_type" in inspect.signature(module.forward).parameters:
@@ -73,6 +73,11 @@ def find(model: nn.Module, attention: nn.Module, head_dim: int) -> HostRotary | 
         return rotary if _rotates(rotary, head_dim, next(model.parameters()).device) else None
     except (TypeError, ValueError, RuntimeError):  # tables or functions of another shape, as in multimodal rotary
         return None
+
+
+def multimodal(model: nn.Module) -> bool:
+    """Whether a token's position is one of time, row and column, and so none that can be counted along a row."""
+    return any(hasattr(m, "mrope_section") for m in model.modules())
 
 
 def _rotates(rotary: HostRotary, d: int, device: torch.device) -> bool:

@@ -123,7 +123,8 @@ def save(cache: Any, path: str | Path) -> None:
     policy = (
         shared.policy
     )  # first, as it is read first: what needs and methods share is spelled out where it comes first
-    said = {f.name: pack(getattr(policy, f.name), f"policy.{f.name}") for f in dataclasses.fields(policy)}
+    named = [f.name for f in dataclasses.fields(policy) if f.name != "cutter"]  # what is cut already stays cut
+    said = {name: pack(getattr(policy, name), f"policy.{name}") for name in named}
     for index, layer in enumerate(cache.layers):
         mine = isinstance(layer, Layer)
         names = LAYER if mine else SLIDING

@@ -6,7 +6,7 @@ Cutter         before the first layer, or after any: who goes on                
 Cache          what layers hold of those that went on; any cache method on top            (hf_cache)
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -52,8 +52,16 @@ class Asked:
 class Run:
     """The handle of one `fewer.compress` context on a vision-language model."""
 
-    def __init__(self, model: Any, named: Sequence[str], stages: Stages, taps: Taps, inner: hf_cache.Run) -> None:
-        self.named, self.stages, self.taps, self.inner = named, stages, taps, inner
+    def __init__(
+        self,
+        model: Any,
+        named: Sequence[str],
+        stages: Stages,
+        taps: Taps,
+        inner: hf_cache.Run,
+        made: Callable[[Shared], Cutter],
+    ) -> None:
+        self.named, self.stages, self.taps, self.inner, self.made = named, stages, taps, inner, made
         self.started, self.first_token = 0.0, 0.0
         self.cost = Decoder.of(model)
         self.ids: Tensor | None = None
@@ -128,6 +136,9 @@ class Run:
         if cache is None or cache.shared.probing:
             return None
         self.started = perf_counter()
+        if cache.shared.cutter is None:  # it was loaded, or made by the user
+            cache.shared.policy = replace(cache.shared.policy, cutter=self.made)
+            cache.shared.cutter = self.made(cache.shared)
         cutter, states = cache.shared.cutter, kwargs["inputs_embeds"]
         assert isinstance(cutter, Cutter)
         cache.shared.passed = None  # of a forward that failed
@@ -259,7 +270,7 @@ def session(model: Any, methods: Sequence[Any], asked: Asked) -> Iterator[Run]:
     with ExitStack() as leaving:
         inner = leaving.enter_context(hf_cache.session(model, policy))
         leaving.enter_context(taps.attached())
-        run = Run(model, named, stages, taps, inner)
+        run = Run(model, named, stages, taps, inner, made)
         for hook in (
             model.register_forward_pre_hook(run.before_model, with_kwargs=True),
             text.register_forward_pre_hook(run.before_text, with_kwargs=True),
