@@ -33,7 +33,7 @@ RESULTS, PAGE, PICTURE = ROOT / "results" / "vlm.json", ROOT / "docs" / "vlm.md"
 GRADES = ROOT / "results" / "reference-vlm.json"
 KEEPS = (64, 32, 128, 16)
 """Visual tokens kept of 256, in the order in which they are measured."""
-SAMPLES = 50
+SAMPLES = 30
 VIDEO = ("evs", "dycoke")
 TOWER = ("turbo", "tome")
 GROUPS = {
