@@ -106,6 +106,15 @@ def tables(lines: Sequence[Line]) -> str:
     return "\n\n".join(parts)
 
 
+def grades() -> str:
+    """How well the model answers with all tokens, and how well without seeing, from results/reference-vlm.json."""
+    rows = ["| task | all tokens | blind | most frequent answer | held out |", "| --- | --- | --- | --- | --- |"]
+    for one in json.loads(GRADES.read_text())["tasks"]:
+        figures = " | ".join(share(one[name]) for name in ("full", "blind", "majority"))
+        rows.append(f"| {one['task']} | {figures} | {one['split']} |")
+    return "\n".join(rows)
+
+
 def panels(lines: Sequence[Line]) -> dict[str, list[tuple[str, float, float]]]:
     """Share answered right against visual tokens a layer, a panel for each group of tasks."""
     out: dict[str, list[tuple[str, float, float]]] = {}
@@ -144,7 +153,7 @@ def write(lines: Sequence[Line], path: Path) -> None:
 def publish(lines: Sequence[Line]) -> None:
     """The tables and the picture, from all there is."""
     if PAGE.exists():
-        PAGE.write_text(put(PAGE.read_text(), "evidence", tables(lines)))
+        PAGE.write_text(put(put(PAGE.read_text(), "model", grades()), "evidence", tables(lines)))
     PICTURE.write_text(scatter(panels(lines), "visual tokens a layer"))
 
 
