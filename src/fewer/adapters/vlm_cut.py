@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from fewer.adapters.hf_cache import Cache
     from fewer.adapters.hf_policy import Shared
 
+_costs: dict[tuple[Any, ...], int] = {}
+"""FLOPs of the matrix products of a decision, by the method, its place and its sizes: each is counted once."""
+
 
 @dataclass
 class Cutter:
@@ -67,8 +70,6 @@ class Cutter:
     seconds: float = 0.0
     choosing: int = 0
     """FLOPs of the matrix products of that forward's decisions."""
-    costs: dict[tuple[int, int, int], int] = field(default_factory=dict)
-    """Those of one decision, by its place and its counts."""
 
     @property
     def after(self) -> frozenset[int]:
@@ -210,12 +211,12 @@ class Cutter:
 
     def _decide(self, method: Any, after: int, count: int, tokens: Tokens) -> Reduction:
         """One decision. What it costs is counted once for each shape, as counting takes longer than deciding."""
-        key, budget = (after, tokens.features.shape[1], count), Budget(count, tokens=count)
-        with nullcontext() if key in self.costs else FlopCounterMode(display=False) as counter:
+        key, budget = (repr(method), after, *tokens.features.shape[1:], count), Budget(count, tokens=count)
+        with nullcontext() if key in _costs else FlopCounterMode(display=False) as counter:
             plan: Reduction = step(method, budget, tokens)
         if counter is not None:
-            self.costs[key] = counter.get_total_flops()
-        self.choosing += self.costs[key]
+            _costs[key] = counter.get_total_flops()
+        self.choosing += _costs[key]
         return plan
 
     def _tokens(
