@@ -50,13 +50,19 @@ def tasks() -> list[str]:
     return [name for name in (*TASKS, TURN) if name in used]
 
 
-def cells(depth: int) -> list[tuple[str, int, str]]:
+Cell = tuple[str, int, str, str]
+"""A method, its keep, how that is counted, and the way of positions."""
+MOVED = (("divprune", "compact"), ("random", "compact"), ("visual-pooling", "compact"), ("visual-pooling", "centroid"))
+"""What is measured with other positions than the old ones, at the first keep."""
+
+
+def cells(depth: int) -> list[Cell]:
     """Every method at every keep; those that cut late also with keep as the mean over the layers."""
     chosen = [name for name in (*of_family("vlm"), *TOWER) if name not in ("full", *VIDEO)]
     late = [name for name in chosen if name in of_family("vlm") and max(places(METHODS[name](), depth)) >= 0]
-    out = [("full", 256, "last")]
+    out = [("full", 256, "last", "keep"), *((name, KEEPS[0], "last", way) for name, way in MOVED)]
     for keep in KEEPS:
-        out += [(name, keep, "last") for name in chosen] + [(name, keep, "mean") for name in late]
+        out += [(name, keep, "last", "keep") for name in chosen] + [(name, keep, "mean", "keep") for name in late]
     return out
 
 
@@ -67,6 +73,7 @@ def share(value: float | None) -> str:
 def tables(lines: Sequence[Line]) -> str:
     """A table a budget: lines are methods, best first; columns are groups of tasks."""
     parts = []
+    lines = [one for one in lines if one.positions == "keep"]
     for counted in ("last", "mean"):
         for keep in sorted(KEEPS, reverse=True):
             mine = [one for one in lines if one.method == "full" or (one.keep, one.counted) == (keep, counted)]
@@ -106,6 +113,22 @@ def tables(lines: Sequence[Line]) -> str:
     return "\n\n".join(parts)
 
 
+def moved(lines: Sequence[Line]) -> str:
+    """The same tokens with other positions."""
+    rows = [f"| method at {KEEPS[0]} | positions | all | {' | '.join(GROUPS)} |", "|" + " --- |" * (3 + len(GROUPS))]
+    for method in dict.fromkeys(name for name, _ in MOVED):
+        for way in ("keep", "compact", "centroid"):
+            own = {
+                one.task: one for one in lines
+                if (one.method, one.keep, one.counted, one.positions) == (method, KEEPS[0], "last", way)
+            }  # fmt: skip
+            if own:
+                groups = [[own[name].right for name in names if name in own] for names in GROUPS.values()]
+                figures = [fmean(one.right for one in own.values()), *(fmean(g) if g else None for g in groups)]
+                rows.append(f"| {method} | {way} | {' | '.join(map(share, figures))} |")
+    return "\n".join(rows)
+
+
 def grades() -> str:
     """How well the model answers with all tokens, and how well without seeing, from results/reference-vlm.json."""
     rows = ["| task | all tokens | blind | most frequent answer | held out |", "| --- | --- | --- | --- | --- |"]
@@ -118,6 +141,7 @@ def grades() -> str:
 def panels(lines: Sequence[Line]) -> dict[str, list[tuple[str, float, float]]]:
     """Share answered right against visual tokens a layer, a panel for each group of tasks."""
     out: dict[str, list[tuple[str, float, float]]] = {}
+    lines = [one for one in lines if one.positions == "keep"]
     for title, names in GROUPS.items():
         points = []
         for method, keep in dict.fromkeys((one.method, one.keep) for one in lines if one.counted == "last"):
@@ -153,7 +177,8 @@ def write(lines: Sequence[Line], path: Path) -> None:
 def publish(lines: Sequence[Line]) -> None:
     """The tables and the picture, from all there is."""
     if PAGE.exists():
-        PAGE.write_text(put(put(PAGE.read_text(), "model", grades()), "evidence", tables(lines)))
+        page = put(put(PAGE.read_text(), "model", grades()), "evidence", tables(lines))
+        PAGE.write_text(put(page, "moved", moved(lines)))
     PICTURE.write_text(scatter(panels(lines), "visual tokens a layer"))
 
 
@@ -175,24 +200,23 @@ def main() -> int:
     for other in sorted(RESULTS.parent.glob("vlm.share-*.json")):
         if turns == 1 or other == path:
             lines += read(other)
-    known: dict[Any, Line] = {(one.task, one.method, one.keep, one.counted): one for one in lines}
+    known: dict[Any, Line] = {(one.task, one.method, one.keep, one.counted, one.positions): one for one in lines}
     every = cells(model.config.text_config.num_hidden_layers)
-    order = list(dict.fromkeys(name for name, _, _ in every))
+    order = list(dict.fromkeys(name for name, *_ in every))
     mine = [cell for cell in every if order.index(cell[0]) % turns == turn]
     left = [(task, *cell) for cell in mine for task in tasks() if (task, *cell) not in known]
     columns = (TextColumn("{task.description:50s}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns) as progress:
         bar = progress.add_task("", total=len(left))
-        for task, method, keep, counted in left:
+        for task, method, keep, counted, way in left:
             if time.monotonic() > end:
                 break
-            progress.update(bar, description=f"{task}, {method} at {keep} ({counted})")
+            progress.update(bar, description=f"{task}, {method} at {keep} ({counted}, {way})")
             if task == TURN and (method in TOWER or method == "downsampled-image"):
-                known[task, method, keep, counted] = Line(
-                    task, method, keep, counted, 0, error="measured on one turn only"
-                )
+                line = Line(task, method, keep, counted, 0, error="measured on one turn only")
             else:
-                known[task, method, keep, counted] = answerer.measure(task, method, keep, counted, SAMPLES)
+                line = answerer.measure(task, method, keep, counted, SAMPLES, way)
+            known[task, method, keep, counted, way] = line
             progress.advance(bar)
             write(list(known.values()), path)
     if turns == 1:

@@ -28,7 +28,7 @@ BATCH = 20
 @dataclass(frozen=True)
 class Line:
     """One method at one keep on one task; `keep` visual tokens of each picture, as `counted` says. `error` is there
-    where the method refuses that budget."""
+    where the method refuses that budget. `positions` is the way of `fewer.compress`."""
 
     task: str
     method: str
@@ -40,6 +40,7 @@ class Line:
     seen: float | None = None
     mean: float = 0.0
     error: str = ""
+    positions: str = "keep"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -53,23 +54,24 @@ class Answerer:
         self.tower = Remembered(model.base_model.vision_tower)
         self.full: dict[tuple[str, int], list[str]] = {}
 
-    def measure(self, task: str, method: Any, keep: int, counted: str, n: int, name: str = "") -> Line:
+    def measure(self, task: str, method: str, keep: int, counted: str, n: int, positions: str = "keep") -> Line:
         """Ask the first n held-out samples of a task."""
-        label = name or str(method)
         whole = self.full.get((task, n))
         if whole is None:
-            whole = self.full[task, n] = self._ask(task, None, 0, "last", n)[0]
+            whole = self.full[task, n] = self._ask(task, None, {}, n)[0]
+        asked = {"keep": keep, "counted": counted, "positions": positions}
         try:
-            said, seen, mean = (whole, 1.0, 256.0) if method == "full" else self._ask(task, method, keep, counted, n)
+            said, seen, mean = (whole, 1.0, 256.0) if method == "full" else self._ask(task, method, asked, n)
         except (BudgetError, MissingSignal, FewerError) as why:
-            return Line(task, label, keep, counted, 0, error=str(why))
+            return Line(task, method, keep, counted, 0, error=str(why), positions=positions)
         right = [answer for answer, _ in self._right(task, n)]
         return Line(
-            task, label, keep, counted, n,
+            task, method, keep, counted, n,
             sum(a == b for a, b in zip(said, right, strict=True)) / n,
             sum(a == b for a, b in zip(said, whole, strict=True)) / n,
             None if seen is None else round(seen, 4),
             round(mean, 2),
+            positions=positions,
         )  # fmt: skip
 
     def _right(self, task: str, n: int) -> list[tuple[str, Any]]:
@@ -78,9 +80,9 @@ class Answerer:
         return [(one.answer, one) for one in (sample(task, seed) for seed in range(n))]
 
     @torch.inference_mode()
-    def _ask(self, task: str, method: Any, keep: int, counted: str, n: int) -> tuple[list[str], float | None, float]:
+    def _ask(self, task: str, method: Any, asked: Any, n: int) -> tuple[list[str], float | None, float]:
         if task == TURN:
-            turns = [self._turns(seed, method, keep, counted) for seed in range(n)]
+            turns = [self._turns(seed, method, asked) for seed in range(n)]
             return [said for said, _ in turns], None, sum(mean for _, mean in turns) / n
         samples: list[Sample] = [one for _, one in self._right(task, n)]
         said: list[str] = []
@@ -93,7 +95,7 @@ class Answerer:
                 return_tensors="pt",
                 padding=True,
             )
-            written, run = self._generate(inputs, method, keep, counted)
+            written, run = self._generate(inputs, method, asked)
             said += self._read(written[:, inputs["input_ids"].shape[1] :])
             if run is not None:
                 means += run.report.mean / sum(len(one.images) for one in some) * len(some)
@@ -104,21 +106,21 @@ class Answerer:
                         seen[1] += int(under.sum())
         return said, seen[0] / seen[1] if seen[1] else None, means / n
 
-    def _generate(self, inputs: Any, method: Any, keep: int, counted: str) -> tuple[Tensor, Any]:
+    def _generate(self, inputs: Any, method: Any, asked: Any) -> tuple[Tensor, Any]:
         if method is None:
             with self.tower.attached():
                 return self.model.generate(**inputs, max_new_tokens=5, do_sample=False), None
         if _early(method):  # the tower itself changes
-            with fewer.compress(self.model, method, keep=keep, counted=counted) as run:
+            with fewer.compress(self.model, method, **asked) as run:
                 return self.model.generate(**inputs, max_new_tokens=5, do_sample=False), run
-        with self.tower.attached(), fewer.compress(self.model, method, keep=keep, counted=counted) as run:
+        with self.tower.attached(), fewer.compress(self.model, method, **asked) as run:
             return self.model.generate(**inputs, max_new_tokens=5, do_sample=False), run
 
-    def _turns(self, seed: int, method: Any, keep: int, counted: str) -> tuple[str, float]:
+    def _turns(self, seed: int, method: Any, asked: Any) -> tuple[str, float]:
         """The answer to a second question about a picture that was cut when the first one was asked."""
-        images, ((asked, answer), (again, _)) = dialogue(seed)
-        first = self.processor(images=list(images), text=prompt(asked), return_tensors="pt")
-        text = prompt(again, before=[(asked, answer)])
+        images, ((opening, answer), (again, _)) = dialogue(seed)
+        first = self.processor(images=list(images), text=prompt(opening), return_tensors="pt")
+        text = prompt(again, before=[(opening, answer)])
         both = self.processor(images=list(images), text=text, return_tensors="pt")
         if method is None:
             with self.tower.attached():
@@ -127,7 +129,7 @@ class Answerer:
         begun = first["input_ids"].shape[1]
         if not torch.equal(both["input_ids"][:, :begun], first["input_ids"]):
             raise FewerError("the first question is not the beginning of both, so the second is no later turn")
-        with self.tower.attached(), fewer.compress(self.model, method, keep=keep, counted=counted) as run:
+        with self.tower.attached(), fewer.compress(self.model, method, **asked) as run:
             cache = self.model(**first).past_key_values
             written = self.model.generate(
                 input_ids=both["input_ids"],
