@@ -40,7 +40,7 @@ bench-vit: $(VENV)/.installed  ## images a second of every method for encoders, 
 	    --json results/vit-speed-large.json
 
 bench-vlm: $(VENV)/.installed  ## time to the first token of every method for visual tokens, stage by stage
-	$(BIN)/python benchmarks/vlm.py
+	$(BIN)/python benchmarks/vlm.py --rounds 5
 
 bench-prompt: $(VENV)/.installed $(LLMLINGUA)/.installed  ## llmlingua2 beside package llmlingua: kept words, speed, memory
 	scripts/install $(VENV) -e '.[dev,bench]'

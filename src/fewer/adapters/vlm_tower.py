@@ -4,7 +4,7 @@
     that function                                       the tower's own, which also looks at the queries and keys of the
                                                         layers that are watched
 
-The rows that are asked for are computed from those; the maps of all patches by all patches never are.
+The class token's row is computed from those, and no more; what all patches receive takes a map a head, one at a time.
 """
 
 from collections.abc import Iterator
@@ -48,11 +48,10 @@ class Watch:
     """The layers of one tower that methods read, for as long as they are in use."""
 
     def __init__(self, base: Any, needs: frozenset[Tower]) -> None:
-        self.base, self.tower, self.needs = base, tower_of(base), needs
+        self.base, self.tower = base, tower_of(base)
         self.blocks = _blocks(self.tower)
         self.layers = {need: self._layers(need) for need in needs}
         self.seen: dict[int, list[tuple[Tensor, Tensor]]] = {i: [] for layers in self.layers.values() for i in layers}
-        self.orders: list[Tensor] = []
 
     def _layer(self, need: Tower) -> int:
         depth, layer = len(self.blocks), need.layer

@@ -7,8 +7,8 @@ After a quarter, a half and three quarters of the layers the tokens with the lea
 50, 25 and 12.5 % are left with the paper's numbers, which is keep=0.125 here.
 
 Differs from the paper: A is the attention of the layer before a cut, which has been computed with all that were left
-then; the authors' code computes the next layer's row once more, from the same states. Tokens keep their positions; the
-authors number them anew after every cut, which is `positions="compact"` here. Nothing is trained.
+then; the authors' code computes the next layer's row once more, from the same states. Tokens keep their positions,
+where the authors number them anew after every cut. Nothing is trained.
 """
 
 from dataclasses import dataclass
