@@ -90,7 +90,8 @@ def compress(
             calls; an encoder, a vision transformer of timm or transformers or a BERT, whose tokens are; or a
             vision-language model, whose visual tokens are.
         method: a name from `fewer.METHODS`, or an object with the four members of `fewer.Method`. Of a vision-language
-            model also a list of them, one stage after the other, of which the last may be a cache's method.
+            model also a list of them, one stage after the other, of which the last may be a cache's method; there
+            "random" and "uniform" are about visual tokens.
         keep: what stays. Of a cache: a fraction in (0, 1], a token count a head, or bytes for all compressed layers
             ("64MB"). Of an encoder's tokens, beside its class and register tokens: the fraction that is left at the
             end, a list of fractions or counts with one for each block, or a share of the FLOPs ("0.6 flops"). Of visual
@@ -159,7 +160,10 @@ def compress(
         with vlm_run.session(model, stages, asked) as pictured:
             yield pictured
         return
-    refuse("a model without pictures", of_pictures)
+    refuse(
+        "a cache's method by itself (add only='visual')" if vlm_layout.is_vlm(model) else "a model without pictures",
+        of_pictures,
+    )
     if several:
         raise FewerError(f"method={method!r}: several stages are for vision-language models; name one method")
     found = None if vlm_layout.is_vlm(model) else encoder_blocks.find(model)

@@ -1,5 +1,6 @@
 """Visual tokens of every family: what is really removed is what a mask would hide, and leaving changes nothing."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -49,8 +50,9 @@ def emulated(model: Any, inputs: dict[str, Tensor], run: Any) -> Tensor:
             stays = ~dropped[first : first + len(alive[row, n])]
             first += len(alive[row, n])
             alive[row, n] = alive[row, n][stays]
-        for n in range(len(run.pictures[row])):
-            gone[after + 1 :, row, run.pictures[row][n].separators] = True
+        for n in mine:
+            if len(alive[row, n]) < len(run.pictures[row][n].columns):
+                gone[after + 1 :, row, run.pictures[row][n].separators] = True
 
     def before(index: int, block: Any, args: Any, kwargs: Any) -> Any:
         states = kwargs.pop("hidden_states", args[0] if args else None).clone()
@@ -395,7 +397,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"method": []}, FewerError, "at least one stage"),
     ({"method": ["knorm", "fastv"]}, FewerError, "only the last one"),
     ({"method": ["fastv", "random"]}, FewerError, "in the order in which they act"),
-    ({"method": "snapkv", "per": "picture"}, FewerError, "means nothing for"),
+    ({"method": "snapkv", "per": "picture"}, FewerError, "add only='visual'"),
     ({"schedule": "linear"}, FewerError, "means nothing for visual tokens"),
     ({"when": "decode"}, FewerError, "cache's method"),
 ]
@@ -456,6 +458,43 @@ def test_more_than_there_is_keeps_all() -> None:
     with fewer.compress(case.model, "random", keep=1000) as run:
         assert torch.equal(case.model(**inputs).logits, before)
     assert run.report.mean == 36
+    case = vlms.llava_next()  # with separators, which leave with the first token of their picture
+    inputs = case.inputs([2])
+    before = case.model(**inputs).logits
+    with fewer.compress(case.model, "random", keep=1000) as run:
+        assert torch.equal(case.model(**inputs).logits, before)
+    assert run.report.read == (run.report.had,) * 5
+    with fewer.compress(case.model, "random", keep=80) as run:
+        case.model(**inputs)
+    assert [len(kept) for kept in run.kept[0]] == [80, 72], "the second has no more"
+    assert run.report.read == (80 + 72 + len(run.pictures[0][1].separators),) * 5
+
+
+@torch.no_grad()
+def test_a_list_of_keeps_is_no_silent_nothing() -> None:
+    case = vlms.llava()
+    more = pytest.raises(BudgetError, match="leave more than it gets")
+    with more, fewer.compress(case.model, ["random", "fastv"], keep=[0.5, 1.0]):
+        case.model(**case.inputs([1]))
+
+
+@torch.no_grad()
+def test_books_of_copies_and_of_loaded_caches(tmp_path: Any) -> None:
+    """A copy, or a loaded cache, knows which entries are visual as its original does."""
+    case = vlms.llava()
+    inputs, more = case.inputs([1]), case.inputs([1], seed=3)
+    text = int((inputs["input_ids"] != vlms.IMAGE).sum())
+    ones = torch.ones(1, inputs["input_ids"].shape[1] + more["input_ids"].shape[1], dtype=torch.long)
+    with fewer.compress(case.model, "knorm", keep=4, only="visual"):
+        cache = case.model(**inputs).past_key_values
+        other = copy.deepcopy(cache)
+        for one in (cache, other):
+            case.model(**more | {"attention_mask": ones}, past_key_values=one)
+    assert cache.report.layers[0].kept == other.report.layers[0].kept == ((2 * text + 8,) * 2,)
+    with fewer.compress(case.model, "uniform", keep=9, positions="compact"):
+        cache = case.model(**inputs).past_key_values
+        with pytest.raises(FewerError, match="made compact"):
+            cache.save(tmp_path / "compact.safetensors")
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision"])

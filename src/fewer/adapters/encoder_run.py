@@ -224,7 +224,7 @@ class Run:
             )
         seen = (~padding).sum(-1)
         setting = self.setting
-        places = _places(setting.method, len(self.blocks))
+        places = places_of(setting.method, len(self.blocks))
 
         def cost(shares: Sequence[float]) -> float:
             ends, left = [], n
@@ -292,7 +292,7 @@ class Run:
             )
 
 
-def _places(method: Method, layers: int) -> list[int]:
+def places_of(method: Method, layers: int) -> list[int]:
     """The blocks at which a method acts: those it was published with, scaled to this depth, or all."""
     asked: Callable[[int], Sequence[int]] | None = getattr(method, "places", None)
     return list(range(layers)) if asked is None else sorted(set(asked(layers)))

@@ -45,7 +45,7 @@ def attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The registered attention function."""
-    own = partial(_backend(backend, module), module)
+    own = partial(backend_of(backend, module), module)
     layer = getattr(key, MARK, None)
     if layer is None:
         out: tuple[Tensor, Tensor | None] = own(query, key, value, attention_mask, **kwargs)
@@ -53,7 +53,7 @@ def attention(
     return layer.attend(own, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
 
 
-def _backend(name: str, module: nn.Module) -> Callable[..., Any]:
+def backend_of(name: str, module: nn.Module) -> Callable[..., Any]:
     if name == "eager":  # every model file has its own, which is not registered
         return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[no-any-return]
     return ALL_ATTENTION_FUNCTIONS[name]  # type: ignore[no-any-return]

@@ -120,6 +120,11 @@ def save(cache: Any, path: str | Path) -> None:
     from fewer.adapters.hf_layer import Layer
 
     shared, pack, layers = cache.shared, _Pack(), []
+    if getattr(shared.cutter, "shift", None) is not None:
+        raise FewerError(
+            "this cache cannot be saved: its positions were made compact, and what is read later has to be moved by as "
+            "much; use positions='keep'"
+        )
     policy = (
         shared.policy
     )  # first, as it is read first: what needs and methods share is spelled out where it comes first

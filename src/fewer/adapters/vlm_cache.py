@@ -4,8 +4,8 @@ OnlyVisual(method)    text stays whole, whatever it is worth
 FinalSet()            once a prompt is read, no layer holds visual tokens that did not reach the last one
 """
 
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,10 @@ from fewer.reduce.select import top_k
 from fewer.signals import EveryLayer
 from fewer.signals.visual import Marked, VisualEntries
 from fewer.types import Allocation, Budget, FewerError, Matching, Method, Tokens
+
+if TYPE_CHECKING:
+    from fewer.adapters.vlm_scene import Picture
+    from fewer.adapters.vlm_stages import Stages
 
 OTHERWISE = ("shortens", "among", "reads", "pairs", "whole")
 
@@ -90,14 +94,58 @@ class FinalSet:
         return top_k(scores, allocation)
 
 
-def marked(marks: list[Tensor], gone: list[Tensor], wanted: list[int], positions: Tensor) -> Marked:
-    """The visual entries among what a layer holds, and those that some layer went on without, by the place that each
-    had in its row."""
-    longest = max(map(len, marks))
-    at, there = positions.clamp(min=0, max=longest - 1), (positions >= 0) & (positions < longest)
+@dataclass
+class Books:
+    """What the entries of a cache are, by their place in their row, padding not counted."""
 
-    def entries(rows: list[Tensor]) -> Tensor:
-        table = torch.stack([torch.nn.functional.pad(row, (0, longest - len(row))) for row in rows])
-        return table.to(positions.device).unsqueeze(1).expand(*positions.shape[:2], longest).gather(-1, at) & there
+    visual: list[Tensor] = field(default_factory=list)
+    """Of each row, which were visual."""
+    final: list[Tensor] = field(default_factory=list)
+    """Of each row, text and those visual ones that every layer went on with."""
+    wanted: list[int] = field(default_factory=list)
+    """Of each row, how many visual entries may stay."""
 
-    return Marked(entries(marks), there & ~entries(gone), tuple(wanted))
+    def mark(self, real: Tensor, before: list[int], rows: "list[list[Picture]]", stages: "Stages") -> None:
+        """Take in a forward: `real` `(b, q)` are no padding. What came before the books were opened counts as text."""
+        if not self.visual:
+            self.visual = [real.new_zeros(count) for count in before]
+            self.final = [real.new_ones(count) for count in before]
+            self.wanted = [0] * len(real)
+        for row, pictures in enumerate(rows):
+            visual = torch.zeros_like(real[row])
+            for one in pictures:
+                visual[one.columns] = visual[one.separators] = True
+            self.visual[row] = torch.cat([self.visual[row], visual[real[row]]])
+            self.final[row] = torch.cat([self.final[row], real[row][real[row]]])
+            had = [len(one.columns) for one in pictures]
+            count = stages.budget.count
+            self.wanted[row] += sum(map(count, had)) if stages.per == "picture" else count(sum(had))
+
+    def settle(self, real: Tensor, rows: "list[list[Picture]]") -> None:
+        """Of the latest forward, note what some layer went on without."""
+        for row, pictures in enumerate(rows):
+            gone = torch.zeros_like(real[row])
+            for one in pictures:
+                gone |= without(one, len(gone))
+            new = ~gone[real[row]]
+            self.final[row] = torch.cat([self.final[row][: len(self.final[row]) - len(new)], new])
+
+    def entries(self, positions: Tensor) -> Marked:
+        """Those at these positions `(b, h, n)`; -1 is none."""
+        longest = max(map(len, self.visual))
+        at, there = positions.clamp(min=0, max=longest - 1), (positions >= 0) & (positions < longest)
+
+        def marked(rows: list[Tensor]) -> Tensor:
+            table = torch.stack([torch.nn.functional.pad(row, (0, longest - len(row))) for row in rows])
+            return table.to(positions.device).unsqueeze(1).expand(*positions.shape[:2], longest).gather(-1, at) & there
+
+        return Marked(marked(self.visual), marked(self.final), tuple(self.wanted))
+
+
+def without(picture: "Picture", total: int) -> Tensor:
+    """The columns, of so many, of a picture's tokens and separators that do not go on."""
+    gone = torch.zeros(total, dtype=torch.bool, device=picture.columns.device)
+    if not picture.whole:
+        gone[picture.separators] = gone[picture.columns] = True
+        gone[picture.columns[picture.alive]] = False
+    return gone

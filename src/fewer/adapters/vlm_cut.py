@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fewer.adapters.hf_shorten import Passed
-from fewer.adapters.vlm_cache import marked
+from fewer.adapters.vlm_cache import Books, without
 from fewer.adapters.vlm_places import centred, compacted, tables, unturned
 from fewer.adapters.vlm_scene import Picture
 from fewer.adapters.vlm_stages import Stage, Stages
@@ -58,10 +58,7 @@ class Cutter:
     """Visual tokens that each layer read, of the latest forward with pictures."""
     plans: list[tuple[int, int, int, Reduction]] = field(default_factory=list)
     """After which layer, in which row, for which picture of it (-1: all of them), what was decided."""
-    marks: list[Tensor] = field(default_factory=list)
-    """For each row, which of its tokens so far were visual, padding not counted."""
-    wanted: list[int] = field(default_factory=list)
-    """For each row, how many of them a cache may keep."""
+    books: Books = field(default_factory=Books)
     pictures: list[list[Picture]] = field(default_factory=list)
     """The pictures of every row, of the latest forward with any, with those of their tokens that are left."""
     had: int = 0
@@ -77,7 +74,8 @@ class Cutter:
 
     def __deepcopy__(self, memo: Any) -> "Cutter":
         shared = memo.get(id(self.shared), self.shared)
-        return Cutter(self.stages, shared, self.positions, self.turn, self.words, shift=self.shift)
+        books = Books(list(self.books.visual), list(self.books.final), list(self.books.wanted))
+        return Cutter(self.stages, shared, self.positions, self.turn, self.words, shift=self.shift, books=books)
 
     def begin(self, ids: Tensor, rows: list[list[Picture]], padding: Tensor, places: Tensor | None) -> None:
         """A forward with these pictures starts."""
@@ -87,33 +85,15 @@ class Cutter:
         self.tokens = int((~padding).sum())
         self.counts = [float(self.had)] * self.shared.layers_all
 
-    def mark(self, real: Tensor) -> None:
-        """Take the tokens of a forward into the books: `real` `(b, q)` are no padding."""
-        if not self.marks:
-            self.marks = [real.new_zeros(0, dtype=torch.bool)] * len(real)
-            self.wanted = [0] * len(real)
-        rows: list[list[Picture]] = self.rows or [[]] * len(real)
-        for row, pictures in enumerate(rows):
-            visual = torch.zeros_like(real[row])
-            for one in pictures:
-                visual[one.columns] = visual[one.separators] = True
-            self.marks[row] = torch.cat([self.marks[row], visual[real[row]]])
-            had = [len(one.columns) for one in pictures]
-            budget = self.stages.budget
-            self.wanted[row] += sum(map(budget.count, had)) if self.stages.per == "picture" else budget.count(sum(had))
+    def mark(self, real: Tensor, before: list[int]) -> None:
+        """Take the tokens of a forward into the books: `real` `(b, q)` are no padding, and each row had `before`."""
+        self.books.mark(real, before, self.rows or [[] for _ in real], self.stages)
 
     def entries(self, positions: Tensor) -> Marked:
         """Which of the entries at these positions `(b, h, n)` of their rows are visual."""
-        gone = [torch.zeros_like(row) for row in self.marks]
-        for row, pictures in enumerate(self.rows):
-            assert self.padding is not None
-            without = torch.zeros_like(self.padding[row])
-            for one in pictures:
-                without[one.columns] = without[one.separators] = True
-                without[one.columns[one.alive]] = False
-            real = without[~self.padding[row]]
-            gone[row][len(gone[row]) - len(real) :] = real
-        return marked(self.marks, gone, self.wanted, positions)
+        if self.rows and self.padding is not None:
+            self.books.settle(~self.padding, self.rows)
+        return self.books.entries(positions)
 
     def finish(self) -> None:
         """That forward is over."""
@@ -160,7 +140,7 @@ class Cutter:
             states, self.deep = _gather(states, index), [_gather(one, index) for one in deep]
         cut = self._passed(columns, total, passed)
         self._place(cut, states, given, after)
-        left = sum(len(one.alive) for row in self.rows for one in row)
+        left = sum(one.left for row in self.rows for one in row)
         self.counts[after + 1 :] = [float(left)] * (len(self.counts) - after - 1)
         cache.shared.witness = None
         self.seconds += perf_counter() - start
@@ -172,20 +152,13 @@ class Cutter:
     ) -> Tensor:  # fmt: skip
         """One row: every picture alone, or all as one. What leaves, by its place in `states`; what joins is folded."""
         pictures = self.rows[row]
-        gone = [where[one.separators] for one in pictures]
-        for one in pictures:  # what a stage inside the tower left out
-            stays = torch.zeros(len(one.columns), dtype=torch.bool, device=where.device)
-            stays[one.alive] = True
-            gone.append(where[one.columns[~stays]])
-        gone = [at[at >= 0] for at in gone]
-        if stage is None:
-            return torch.cat(gone) if gone else where[:0]
         groups = [[one] for one in pictures] if self.stages.per == "picture" else [pictures] * bool(pictures)
-        for number, group in enumerate(groups):
+        for number, group in enumerate(groups if stage is not None else []):
+            assert stage is not None
             columns = torch.cat([one.columns[one.alive] for one in group])
             at = where[columns]
             had = sum(len(one.columns) for one in group)
-            count = stage.count(after, had, len(at))
+            count = stage.count(had, len(at))
             if count >= len(at):
                 continue
             tokens = self._tokens(stage.method, after, row, group, where, states, given, cache)
@@ -201,13 +174,13 @@ class Cutter:
                     self.places = centred(self.places, row, columns, plan)
             stays = torch.zeros(len(at), dtype=torch.bool, device=at.device)
             stays[survivors] = True
-            gone.append(at[~stays])
             first = 0
             for one in group:
                 n = len(one.alive)
                 one.alive = one.alive[stays[first : first + n]]
                 first += n
-        return torch.cat(gone) if gone else where[:0]
+        gone = [without(one, len(where)) for one in pictures]  # what a stage inside the tower left out is among it
+        return where[torch.stack(gone).any(0) & (where >= 0)] if gone else where[:0]
 
     def _decide(self, method: Any, after: int, count: int, tokens: Tokens) -> Reduction:
         """One decision. What it costs is counted once for each shape, as counting takes longer than deciding."""

@@ -61,7 +61,7 @@ class Early:
         patches = grid[0] * grid[1]
         share = self.count(patches) / patches
         depth, at = len(self.found[1]), _layer(self.base.config, len(self.found[1]))
-        places = [p for p in encoder_run._places(self.method, depth) if p <= at]
+        places = [p for p in encoder_run.places_of(self.method, depth) if p <= at]
         if not places:
             raise UnsupportedModel(f"{type(self.method).__name__} acts after the layer whose features are used")
         shape = str(getattr(self.method, "schedule", "constant"))

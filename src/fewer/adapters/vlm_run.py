@@ -150,8 +150,9 @@ class Run:
         padding = torch.zeros(b, q, dtype=torch.bool, device=states.device)
         if self.mask is not None and self.mask.ndim == 2:
             padding = self.mask[:, -q:] == 0
+        before = list(cache.shared.members[0].real) if seen else [0] * b
         if q == 1 and seen:
-            cutter.mark(~padding)
+            cutter.mark(~padding, before)
             return args, kwargs
         if self.ids is None:
             raise FewerError(
@@ -166,10 +167,10 @@ class Run:
                     "this prompt has no pictures, so there are no visual tokens to shorten; leave fewer.compress, or "
                     "use a method of `fewer methods --family kv` alone"
                 )
-            cutter.mark(~padding)
+            cutter.mark(~padding, before)
             return args, kwargs
         cutter.begin(ids, rows, padding, _positions(kwargs, cache, b, q, states.device))
-        cutter.mark(~padding)
+        cutter.mark(~padding, before)
         if (deep := kwargs.get("deepstack_visual_embeds")) is not None and not self.stages.whole:
             shown = kwargs["visual_pos_masks"]
             for one in deep:

@@ -32,6 +32,16 @@ class Picture:
     alive: Tensor
     """Which of its tokens go on still, by their number in the layout."""
 
+    @property
+    def whole(self) -> bool:
+        """Whether all of them do; then the separators do too."""
+        return len(self.alive) == len(self.columns)
+
+    @property
+    def left(self) -> int:
+        """Tokens that go on still, separators counted."""
+        return len(self.alive) + (len(self.separators) if self.whole else 0)
+
 
 class Taps:
     """What was encoded last and not yet read by the language model, in order."""

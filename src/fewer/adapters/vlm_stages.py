@@ -30,7 +30,7 @@ class Stage:
     method: Method
     left: Callable[[int], int]
 
-    def count(self, after: int, had: int, now: int) -> int:
+    def count(self, had: int, now: int) -> int:
         """Tokens that go on, of `now` that are left of `had`."""
         return min(now, self.left(had))
 
@@ -55,7 +55,7 @@ class Stages:
             )
         if any(early(method) for method in methods[1:]):
             raise FewerError("a stage inside the vision tower, or on pixels, comes first, and there is one at most")
-        self.methods, self.layers, self.per, self.counted = tuple(methods), layers, per, counted
+        self.layers, self.per, self.counted = layers, per, counted
         stages = len(methods) + caching  # the cache's method comes last, and takes its share of what leaves
         if isinstance(keep, (list, tuple)):
             if len(keep) != stages:
@@ -66,9 +66,9 @@ class Stages:
             self.budget = self.budgets[-1]
         else:
             self.budgets, self.budget = None, Budget.parse(keep)  # type: ignore[arg-type]
-        if self.budget.size is not None:
+        if any(one.size is not None for one in self.budgets or [self.budget]):
             raise BudgetError(f"keep={keep!r}: visual tokens are kept by share or by number, not by bytes")
-        self.whole = self.budget.whole
+        self.whole = all(one.whole for one in self.budgets or [self.budget])
         self.cuts: list[tuple[int, Method, int, float]] = []
         for index, method in enumerate(methods):
             at = [BEFORE] if early(method) else sorted(set(places(method, layers)))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from fewer.adapters.hf_bind import BACKENDS, _backend
+from fewer.adapters.hf_bind import BACKENDS, backend_of
 from fewer.signals.visual import Layout, Tower, TowerView
 from fewer.types import MissingSignal, UnsupportedModel
 
@@ -41,7 +41,7 @@ def _attention(
 ) -> Any:
     if (seen := _watched.get(id(module))) is not None:
         seen.extend((query[i : i + 1], key[i : i + 1]) for i in range(len(query)))
-    return _backend(backend, module)(module, query, key, value, *args, **kw)
+    return backend_of(backend, module)(module, query, key, value, *args, **kw)
 
 
 class Watch:
