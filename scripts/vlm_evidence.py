@@ -52,7 +52,13 @@ def tasks() -> list[str]:
 
 Cell = tuple[str, int, str, str]
 """A method, its keep, how that is counted, and the way of positions."""
-MOVED = (("divprune", "compact"), ("random", "compact"), ("visual-pooling", "compact"), ("visual-pooling", "centroid"))
+MOVED = (
+    ("divprune", "compact"),
+    ("random", "compact"),
+    ("uniform", "compact"),
+    ("visual-pooling", "compact"),
+    ("visual-pooling", "centroid"),
+)
 """What is measured with other positions than the old ones, at the first keep."""
 
 
@@ -116,11 +122,12 @@ def tables(lines: Sequence[Line]) -> str:
 def moved(lines: Sequence[Line]) -> str:
     """The same tokens with other positions."""
     rows = [f"| method at {KEEPS[0]} | positions | all | {' | '.join(GROUPS)} |", "|" + " --- |" * (3 + len(GROUPS))]
-    for method in dict.fromkeys(name for name, _ in MOVED):
+    for method in ("full", *dict.fromkeys(name for name, _ in MOVED)):
+        keep = 256 if method == "full" else KEEPS[0]
         for way in ("keep", "compact", "centroid"):
             own = {
                 one.task: one for one in lines
-                if (one.method, one.keep, one.counted, one.positions) == (method, KEEPS[0], "last", way)
+                if (one.method, one.keep, one.counted, one.positions) == (method, keep, "last", way)
             }  # fmt: skip
             if own:
                 groups = [[own[name].right for name in names if name in own] for names in GROUPS.values()]
