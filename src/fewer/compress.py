@@ -6,17 +6,20 @@ score  ->  allocate  ->  reduce  ->  (the host applies the plan)
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fewer.adapters import encoder_blocks, vlm_layout
+from fewer.allocate.levels import levelled
 from fewer.methods import family_of, resolve, resolve_store
 from fewer.methods.any.full import Full
 from fewer.types import Budget, BudgetError, FewerError, Keep, Matching, Method, Reduction, Tokens, UnsupportedModel
 
 if TYPE_CHECKING:
     from fewer.codec import Codec
+    from fewer.tuning.planfile import TunedPlan
 
 
 def step(method: Method, budget: Budget, tokens: Tokens, *, check: bool = True) -> Any:
@@ -67,8 +70,8 @@ def _of_cache(method: Any) -> bool:
 @contextmanager
 def compress(
     model: Any,
-    method: str | Method | Sequence[str | Method],
-    keep: Keep | Sequence[float | int] = 1.0,
+    method: "str | Path | TunedPlan | Method | Sequence[str | Method]",
+    keep: Keep | Sequence[Any] = 1.0,
     *,
     when: str | None = None,
     every: int | None = None,
@@ -89,14 +92,16 @@ def compress(
         model: a transformers decoder, whose key-value cache is shortened, used inside through `generate` or plain
             calls; an encoder, a vision transformer of timm or transformers or a BERT, whose tokens are; or a
             vision-language model, whose visual tokens are.
-        method: a name from `fewer.METHODS`, or an object with the four members of `fewer.Method`. Of a vision-language
+        method: a name from `fewer.METHODS`, or an object with the four members of `fewer.Method`; or a plan that
+            `fewer tune` made, "plan.toml", which says all that follows. Of a vision-language
             model also a list of them, one stage after the other, of which the last may be a cache's method; there
             "random" and "uniform" are about visual tokens.
-        keep: what stays. Of a cache: a fraction in (0, 1], a token count a head, or bytes for all compressed layers
-            ("64MB"). Of an encoder's tokens, beside its class and register tokens: the fraction that is left at the
-            end, a list of fractions or counts with one for each block, or a share of the FLOPs ("0.6 flops"). Of visual
-            tokens: the fraction, or the count, of each picture's that is left after the last cut; or a list with what
-            each stage leaves.
+        keep: what stays. Of a cache: a fraction in (0, 1], a token count a head, bytes for all compressed layers
+            ("64MB"), or a list with a fraction or count for each layer, or with a list for each of its heads. Of an
+            encoder's tokens, beside its class and register tokens: the fraction that is left at the end, a list of
+            fractions or counts with one for each block, or a share of the FLOPs ("0.6 flops"). Of visual tokens: the
+            fraction, or the count, of each picture's that is left after the last cut; or a list with what each stage
+            leaves.
         when: "prefill" compresses after every forward of more than one token, "decode" after every `every` generated
             tokens (the cache then stays at a fixed size plus at most `every`), "both" does both. Left out, it is what
             the method was published with, and "prefill" for most. Caches only, as the next two.
@@ -150,6 +155,15 @@ def compress(
         if names:
             raise FewerError(f"compress({', '.join(f'{name}=...' for name in names)}) means nothing for {kind}")
 
+    if isinstance(method, (str, Path)) or hasattr(method, "setting"):
+        from fewer.tuning.planfile import TunedPlan  # it compresses by this very function
+
+        if (plan := TunedPlan.of(method)) is not None:
+            all_of_it = {"keep": None if keep == 1.0 else keep}
+            refuse("a plan, which says all of it", all_of_it, of_caches, of_encoders, of_pictures)
+            with plan.under(model) as planned:
+                yield planned
+            return
     several = isinstance(method, (list, tuple))
     if vlm_layout.is_vlm(model) and (several or only or not _of_cache(method)):
         refuse("visual tokens", {name: value for name, value in of_encoders.items() if name != "positions"})
@@ -194,8 +208,6 @@ def compress(
         return
     from fewer.adapters import hf_cache  # hosts are imported on use: `import fewer` needs no transformers
 
-    if not isinstance(keep, (int, float, str)):
-        raise BudgetError(f"keep={keep!r}: of a cache, keep is one fraction, count or size, not a list")
-    policy = hf_cache.Policy.of(chosen, Budget.parse(keep), when, every, resolve_store(store))
+    policy = hf_cache.Policy.of(*levelled(chosen, keep), when, every, resolve_store(store))
     with hf_cache.session(model, policy) as run:
         yield run

@@ -21,6 +21,7 @@ from fewer.adapters.hf_bind import Host
 from fewer.adapters.hf_decide import compress
 from fewer.adapters.hf_layer import Layer
 from fewer.adapters.hf_policy import Policy, Shared
+from fewer.allocate.levels import Levels, levelled
 from fewer.methods import name_of, resolve, resolve_store
 from fewer.report import LayerReport, Report
 from fewer.types import Budget, FewerError, Keep, Method, UnsupportedModel
@@ -54,13 +55,13 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         self,
         model: Any,
         method: str | Method,
-        keep: Keep = 1.0,
+        keep: Keep | Sequence[Any] = 1.0,
         *,
         when: str | None = None,
         every: int | None = None,
         store: Any = None,
     ) -> None:
-        policy = Policy.of(resolve(method), Budget.parse(keep), when, every, resolve_store(store))
+        policy = Policy.of(*levelled(resolve(method), keep), when, every, resolve_store(store))
         self._fill(Host.of(model), policy)
         self._attach()
 
@@ -115,6 +116,8 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
             )
         if place < len(layers):
             self.shared.notes.append(f"{len(layers) - place} sliding-window layers are left alone")
+        if isinstance(policy.method, Levels):
+            policy.method.check(place)
         if getattr(policy.method, "shortens", None) is not None:
             self.shared.notes.append(hf_shorten.prepare(host, policy.method, layers))
         if self.shared.cutter is not None and self.shared.cutter.after:
@@ -189,12 +192,12 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
             self.shared.step_seconds,
         )
 
-    def under(self, method: str | Method, keep: Keep, *, store: Any = None) -> "Cache":
+    def under(self, method: str | Method, keep: Keep | Sequence[Any], *, store: Any = None) -> "Cache":
         """What this cache would be under another method and budget, as a new, frozen cache; this one stays as it is.
 
         For comparisons: one prefill with a method that keeps everything and gathers what all of them need serves all.
         """
-        policy = Policy.of(resolve(method), Budget.parse(keep), store=resolve_store(store))
+        policy = Policy.of(*levelled(resolve(method), keep), store=resolve_store(store))
         if any(getattr(policy.method, name, None) is not None for name in ("shortens", "among")):
             raise FewerError(
                 f"{type(policy.method).__name__} skips parts of a prompt while it is read, so it cannot be tried on a "

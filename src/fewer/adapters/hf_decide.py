@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fewer.adapters.hf_policy import Policy
+from fewer.allocate.levels import Levels
 from fewer.codec import PairCodec
 from fewer.compress import rate, settle
 from fewer.score.position import FORCED
@@ -37,7 +38,8 @@ def compress(sources: "Sequence[Layer]", targets: "Sequence[Layer]", phase: Phas
         for target, (tokens, dense, order), scores in zip(targets, looked, rated, strict=True):
             tokens = replace(tokens, signals={**tokens.signals, **every})
             plan = settle(policy.method, budget, tokens, scores)
-            target.taken(target._take(plan, dense, order, budget, tokens.signals))
+            asked = policy.method.budget(tokens.site.layer) if isinstance(policy.method, Levels) else budget
+            target.taken(target._take(plan, dense, order, asked, tokens.signals))
         if policy.pairs is not None:
             couples = policy.pairs.couples(len(targets))
             for lower, upper in couples:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fewer import files
+from fewer.allocate.levels import Levels
 from fewer.codec import Coded
 from fewer.fit import Fit, fingerprint
 from fewer.methods import METHODS
@@ -41,7 +42,7 @@ def _known() -> dict[str, type]:
             yield child
             yield from below(child)
 
-    found: list[type] = [Ragged, Budget, QueryWindow, Fit, *METHODS.values(), *below(Coded)]
+    found: list[type] = [Ragged, Budget, Levels, QueryWindow, Fit, *METHODS.values(), *below(Coded)]
     for kind in list(found):  # and the dataclasses that those are built of, where their module defines them
         module = __import__(kind.__module__, fromlist=["_"])
         found += [x for x in vars(module).values() if isinstance(x, type) and dataclasses.is_dataclass(x)]

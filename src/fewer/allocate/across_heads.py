@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fewer.allocate.scopes import winners
 from fewer.score.position import FORCED
 from fewer.types import Allocation, Budget, Tokens
 
@@ -13,7 +14,7 @@ def across_heads(tokens: Tokens, scores: Float[Tensor, "b h n"], even: Allocatio
 
     `floor` of a head's even share is guaranteed; the rest follows how many of the layer's best scores each head holds.
     """
-    b, h, n = scores.shape
+    b, h, _ = scores.shape
     counts, floors = torch.empty_like(even.counts), torch.empty_like(even.counts)
     for row in range(b):
         caps = tokens.available[row].tolist()
@@ -22,8 +23,7 @@ def across_heads(tokens: Tokens, scores: Float[Tensor, "b h n"], even: Allocatio
         won = (scores[row] >= FORCED).sum(-1)  # what must stay is no contest between heads
         if (contested := total - int(won.sum())) > 0:
             rest = torch.where(scores[row] >= FORCED, -torch.inf, scores[row])
-            best = rest.flatten().argsort(descending=True, stable=True)[:contested]
-            won = won + torch.bincount(best // n, minlength=h)
+            won = won + winners(rest, contested, "global").sum(-1)
         # splitting the rest by what was won is the published mix, floor * even + (1 - floor) * won, made exact
         base = [min(int(floor * share + 1e-9), cap) for cap in caps]
         floors[row] = torch.tensor(base)

@@ -4,6 +4,7 @@ import re
 from difflib import get_close_matches
 from typing import Any
 
+from fewer.allocate.levels import Levels
 from fewer.codec import Codec
 from fewer.methods.any.full import Full
 from fewer.methods.any.random import Random
@@ -263,6 +264,7 @@ def resolve_store(store: "str | Codec | None") -> "Codec | None":
 
 def name_of(method: Any) -> str:
     """The registered name of a method's class, with its bits where it has any, or the class's own name."""
+    method = method.method if isinstance(method, Levels) else method
     name = next((name for name, known in METHODS.items() if type(method) is known), type(method).__name__)
     bits = getattr(method, "bits", None)
     return name if bits is None else f"{name}-{bits}bit"
