@@ -25,14 +25,13 @@ from fewer.adapters.vlm_encoder import Early
 from fewer.adapters.vlm_scene import Picture, Taps
 from fewer.adapters.vlm_stages import Stages, early
 from fewer.cost import Decoder
+from fewer.cost.sizes import TEXT
 from fewer.methods import family_of, name_of, resolve
 from fewer.report import VisualReport
 from fewer.signals.visual import Tower
 from fewer.types import Budget, FewerError, Keep, Method, UnsupportedModel
 
 POSITIONS = ("keep", "compact", "centroid")
-TEXT = ("language_model", "text_model")
-"""What models call their language model."""
 
 
 @dataclass(frozen=True)

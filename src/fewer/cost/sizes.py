@@ -1,4 +1,4 @@
-"""What models cost in closed form: tokens, FLOPs and bytes. No timing here, and nothing is run.
+"""The sizes of models that their costs follow from: `Decoder`, and one block of an `Encoder`.
 
 These are the floors that a benchmark prints beside what it measured.
 """
@@ -10,13 +10,16 @@ from typing import Any
 from fewer.codec import POSITION_BYTES
 from fewer.types import Budget, Keep
 
+TEXT = ("language_model", "text_model")
+"""What models that see call their language model."""
+
 
 @dataclass(frozen=True)
 class Decoder:
     """The sizes of a decoder that its costs follow from.
 
     `parameters` are all weights that a step reads: tied embeddings count once, as the output matrix. `embedding` is how
-    many of them are embeddings and output matrix, and so in no layer.
+    many of them are embeddings and output matrix, and so in no layer; `hidden` is the width between layers.
 
     >>> tiny = Decoder(layers=2, heads=4, kv_heads=2, head_dim=8, parameters=1000, itemsize=4)
     >>> tiny.cache_bytes(10)
@@ -32,12 +35,16 @@ class Decoder:
     parameters: int
     itemsize: int
     embedding: int = 0
+    hidden: int = 0
 
     @classmethod
     def of(cls, model: Any) -> "Decoder":
-        """Read a transformers decoder's sizes; every layer is taken to be a full-attention one."""
-        config = model.config.get_text_config(decoder=True)
-        weights = {id(p): p for p in model.parameters()}.values()
+        """Read a transformers decoder's sizes; every layer is taken to be a full-attention one. Of a model that sees,
+        the language model's: its tower is in no layer of it."""
+        config, inner = model.config.get_text_config(decoder=True), model.base_model
+        parts = [next((part for name in TEXT if (part := getattr(inner, name, None)) is not None), model)]
+        parts += [head] if (head := model.get_output_embeddings()) is not None else []
+        weights = {id(p): p for part in parts for p in part.parameters()}.values()
         ends = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return cls(
@@ -48,6 +55,7 @@ class Decoder:
             parameters=sum(p.numel() for p in weights),
             itemsize=next(iter(weights)).element_size(),
             embedding=sum(p.numel() for p in {id(p): p for m in ends for p in m.parameters()}.values()),
+            hidden=config.hidden_size,
         )
 
     def cache_bytes(self, tokens: int, *, rows: int = 1, keep: Keep = 1.0) -> int:
@@ -66,8 +74,19 @@ class Decoder:
 
     def prefill_flops(self, tokens: int) -> int:
         """Multiply-adds count two: two for each weight and token, and causal attention's scores and values."""
-        attention = 2 * 2 * self.layers * self.heads * self.head_dim * tokens * (tokens + 1) // 2
-        return 2 * self.parameters * tokens + attention
+        return self.flops([tokens] * self.layers, tokens)
+
+    def flops(self, read: Sequence[int], tokens: int) -> int:
+        """`prefill_flops` where every layer reads a number of tokens of its own; embeddings and the output matrix are
+        for all `tokens`.
+
+        >>> tiny = Decoder(layers=2, heads=1, kv_heads=1, head_dim=1, parameters=100, itemsize=4, embedding=20)
+        >>> tiny.flops([8, 2], 8)  # 2 * 40 * (8 + 2) + 2 * 20 * 8, and 4 * (36 + 3)
+        1276
+        """
+        inside = (self.parameters - self.embedding) * sum(read) // self.layers
+        seen = sum(count * (count + 1) // 2 for count in read)
+        return 2 * (inside + self.embedding * tokens) + 2 * 2 * self.heads * self.head_dim * seen
 
     def layer_flops(self, tokens: float | int) -> float:
         """One layer that so many tokens pass, causally; embeddings and the output matrix are in no layer."""
@@ -84,11 +103,8 @@ class Decoder:
         >>> tiny.shortened_prefill_flops(8, layer=0, rate=1.0) == tiny.prefill_flops(8)
         True
         """
-        early, late = layer + 1, self.layers - layer - 1
         going = Budget.parse(rate).count(tokens)
-        inside = (self.parameters - self.embedding) * (early * tokens + late * going) // self.layers
-        seen = early * tokens * (tokens + 1) // 2 + late * going * (going + 1) // 2
-        return 2 * (inside + self.embedding * tokens) + 2 * 2 * self.heads * self.head_dim * seen
+        return self.flops([tokens] * (layer + 1) + [going] * (self.layers - layer - 1), tokens)
 
     def decode_bytes(self, cache_bytes: int) -> int:
         """Bytes that one decoding step cannot avoid reading: every weight, and the cache."""
