@@ -1,9 +1,11 @@
 """fewer: fewer tokens, same answer. One interface to token compression in transformers."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fewer.compress import compress, step
 from fewer.methods import METHODS
+from fewer.monitor import Monitor
 from fewer.prompts import protect
 from fewer.prompts.bill import Bill, Prices, Worth, bill, worth
 from fewer.prompts.chat import compress_messages
@@ -29,6 +31,8 @@ from fewer.types import (
 
 if TYPE_CHECKING:
     from fewer.adapters.hf_cache import Cache
+    from fewer.tuning.dial import tune
+    from fewer.tuning.planfile import TunedPlan
 
 __version__ = "0.1.0"
 
@@ -46,11 +50,13 @@ __all__ = [
     "FewerWarning",
     "Method",
     "MissingSignal",
+    "Monitor",
     "Plan",
     "Prices",
     "Report",
     "Site",
     "Tokens",
+    "TunedPlan",
     "UnknownName",
     "UnsupportedModel",
     "Worth",
@@ -62,13 +68,19 @@ __all__ = [
     "restore",
     "restore_messages",
     "step",
+    "tune",
     "worth",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "Cache":  # it subclasses a transformers class, which `import fewer` does not load
-        from fewer.adapters.hf_cache import Cache
+_LATER = {
+    "Cache": "fewer.adapters.hf_cache",  # it subclasses a transformers class, which `import fewer` does not load
+    "TunedPlan": "fewer.tuning.planfile",
+    "tune": "fewer.tuning.dial",
+}
 
-        return Cache
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(import_module(_LATER[name]), name)
     raise AttributeError(f"module 'fewer' has no attribute {name!r}")

@@ -17,7 +17,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,20 +26,16 @@ from fewer import Cache
 from fewer.codec import Codec
 from fewer.methods import name_of, resolve, resolve_store
 from fewer.methods.any.full import Full
-from fewer.types import Budget, BudgetError, FewerError, Keep, Method
+from fewer.tuning.asking import Asker
+from fewer.tuning.hosts import watching
+from fewer.types import Budget, BudgetError, Keep, Method
 from fewer_eval.lines import YARDSTICKS
-from fewer_eval.schema import Question, Row
+from fewer_eval.schema import Lost, Question, Row
+from fewer_eval.sides import cut, worst_of
 from fewer_eval.tasks import Example, Task
 
 GREEDY = 32
 """Tokens of the full model's greedy continuation that loyalty is measured on, on running text."""
-
-
-@dataclass(frozen=True)
-class _Watch(Full):
-    """Keeps everything and gathers what a list of methods needs."""
-
-    needs: frozenset[Any] = frozenset()  # type: ignore[misc]  # a field here, where Full has a constant
 
 
 @dataclass(frozen=True)
@@ -82,11 +77,13 @@ class _Tally:
 
 @dataclass
 class Comparison:
-    """What `compare` gives: the rows, entries kept per layer and head ("method @ keep"), and the caches' remarks."""
+    """What `compare` gives: the rows, entries kept per layer and head ("method @ keep"), the caches' remarks, and the
+    examples on which each method lost most ("method @ keep")."""
 
     rows: list[Row]
     kept: dict[str, list[list[int]]]
     notes: tuple[str, ...]
+    worst: dict[str, list[Lost]] = field(default_factory=dict)
 
 
 def samples_of(task: Task, samples: int) -> int:
@@ -134,7 +131,7 @@ def compare(
         tallies = bench.run(task, task.make(tokenizer, tokens, samples_of(task, samples), seed))
         for (case, question), tally in tallies.items():
             rows.append(bench.row(case, question, tally, task, seed, tokens, model_name))
-    return Comparison(rows, bench.kept, tuple(bench.notes))
+    return Comparison(rows, bench.kept, tuple(bench.notes), bench.worst)
 
 
 class _Bench:
@@ -156,13 +153,16 @@ class _Bench:
             questions,
             tick,
         )
+        self.asker = Asker(model, tokenizer)
         self.timed = timed
         self.together, self.alone = ([c for c in cases if c.alone is alone] for alone in (False, True))
-        self.watch = _Watch(frozenset(need for case in self.together for need in case.method.needs))
+        self.watch = watching([case.method for case in self.together])
         self.kept: dict[str, list[list[int]]] = {}
         self.notes: dict[str, None] = {}
         self.decode_ms: dict[str, float] = {}
         self.reference: dict[Question, list[int]] = {}
+        self.full: dict[Question, tuple[str, float]] = {}
+        self.worst: dict[str, list[Lost]] = {}
 
     def run(self, task: Task, examples: Iterable[Example]) -> dict[tuple[_Case, Question], _Tally]:
         tallies: dict[tuple[_Case, Question], _Tally] = defaultdict(_Tally)
@@ -175,7 +175,7 @@ class _Bench:
         return tallies
 
     def _answer(self, task: Task, example: Example, tallies: dict[tuple[_Case, Question], _Tally]) -> None:
-        before, after = self._prompt(example)
+        before, after = self.asker.prompt(example.context, example.question)
         with Cache(self.model, self.watch, 1.0) as full:
             _, took = self._read(full, before)
             if "unseen" in self.questions:
@@ -183,12 +183,12 @@ class _Bench:
                 batch = Cache.stack(caches)
                 ids = after.expand(len(caches), -1)
                 first = self.model(ids, past_key_values=batch, logits_to_keep=1).logits[:, -1].argmax(-1)
-                self._grade(task, example, "unseen", self._greedy(batch, first, task.max_new_tokens), tallies)
+                self._grade(task, example, "unseen", self.asker.greedy(batch, first, task.max_new_tokens), tallies)
             if "seen" in self.questions:
                 logits, more = self._read(full, after)
                 caches = self._compressed(full, "seen", took + more, tallies)
                 first = logits.argmax(-1).expand(len(caches))
-                said = self._greedy(Cache.stack(caches), first, task.max_new_tokens)
+                said = self.asker.greedy(Cache.stack(caches), first, task.max_new_tokens)
                 self._grade(task, example, "seen", said, tallies)
         for case in self.alone:
             for question in self.questions:
@@ -199,15 +199,15 @@ class _Bench:
                     self._note(case, question, cache, took, tallies)
                     if question == "unseen":
                         logits = self.model(after, past_key_values=cache, logits_to_keep=1).logits[:, -1]
-                    said = self._greedy(cache, logits.argmax(-1), task.max_new_tokens)
+                    said = self.asker.greedy(cache, logits.argmax(-1), task.max_new_tokens)
                     self._grade(task, example, question, said, tallies, [case])
 
     def _text(self, example: Example, tallies: dict[tuple[_Case, Question], _Tally]) -> None:
-        context, true = self._ids(example.context), self._ids(example.answers[0])
+        context, true = self.asker.ids(example.context), self.asker.ids(example.answers[0])
         text_bytes = len(str(self.tokenizer.decode(true[0, 1:])).encode())
         with Cache(self.model, self.watch, 1.0) as full:
             logits, took = self._read(full, context)
-            greedy = self._greedy(full.under("full", 1.0), logits.argmax(-1), GREEDY)
+            greedy = self.asker.greedy(full.under("full", 1.0), logits.argmax(-1), GREEDY)
             caches = self._compressed(full, "none", took, tallies)
             for case in self.alone:
                 other = Cache(self.model, case.method, case.keep, store=case.store)
@@ -295,34 +295,6 @@ class _Bench:
             times.append(time.perf_counter() - start)
         return statistics.median(times[1:]) * 1000
 
-    def _greedy(self, cache: Cache, first: Tensor, most: int) -> Tensor:
-        """Greedy tokens (rows, <= most) after `first`, which is the first of them; the end token fills ended rows."""
-        ends = self._ends()
-        out = first.unsqueeze(1).repeat(1, most)  # a row that ended repeats its end
-        going = torch.arange(len(first), device=first.device)
-        step, made = first, 1
-        while made < most:
-            still = ~torch.isin(step, ends)
-            if not bool(still.any()):
-                break
-            if int(still.sum()) <= len(going) // 2:  # ended rows cost as much as others: leave them when they are many
-                cache.batch_select_indices(still.nonzero().flatten())
-                going, step = going[still], step[still]
-            step = torch.where(
-                torch.isin(step, ends),
-                step,
-                self.model(step.unsqueeze(1), past_key_values=cache).logits[:, -1].argmax(-1),
-            )
-            out[going, made:] = step.unsqueeze(1)
-            made += 1
-        return out[:, :made]
-
-    def _ends(self) -> Tensor:
-        ends = self.model.generation_config.eos_token_id if self.model.generation_config else None
-        ends = self.tokenizer.eos_token_id if ends is None else ends
-        listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
-        return torch.tensor(listed, dtype=torch.long, device=self.model.device)
-
     def _grade(
         self,
         task: Task,
@@ -333,32 +305,27 @@ class _Bench:
         cases: Sequence[_Case] = (),
     ) -> None:
         """Grade a row for each case; loyalty is to the full model's answer, which is graded first."""
-        ends = set(self._ends().tolist())
-        answers = [_until(row, ends) for row in said.tolist()]
+        answers = self.asker.answers(said)
+        texts = list(map(self.asker.text, answers))
+        grades = [task.grade(text, example) for text in texts]
         if not cases:
-            self.reference[question] = answers[0]
-        for case, answer in zip(cases or self.together, answers, strict=True):
+            self.reference[question], self.full[question] = answers[0], (texts[0], grades[0])
+        for case, answer, text, grade in zip(cases or self.together, answers, texts, grades, strict=True):
             tally = tallies[case, question]
-            tally.quality.append(task.grade(str(self.tokenizer.decode(answer, skip_special_tokens=True)), example))
+            tally.quality.append(grade)
             tally.loyalty.append(_common(answer, self.reference[question]))
+            if case.name != "full":
+                self._lost(task, example, question, case, text, grade)
 
-    def _prompt(self, example: Example) -> tuple[Tensor, Tensor]:
-        """Token ids up to the end of the context, and from there to where the answer begins."""
-        if self.tokenizer.chat_template is None:
-            return self._ids(example.context), self._ids(f"\n\n{example.question}\n")
-        message = {"role": "user", "content": f"{example.context}\n\n{example.question}"}
-        text = str(self.tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
-        found = text.find(example.context)
-        if found < 0:
-            raise FewerError(
-                "the tokenizer's chat template changes the context, so it cannot be told from the question"
-            )
-        cut = found + len(example.context)
-        return self._ids(text[:cut]), self._ids(text[cut:])
-
-    def _ids(self, text: str) -> Tensor:
-        ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
-        return torch.as_tensor(ids).to(self.model.device)
+    def _lost(self, task: Task, example: Example, question: Question, case: _Case, said: str, grade: float) -> None:
+        """Take an example down if it is among the worst of a case."""
+        full, best = self.full[question]
+        one = Lost(
+            task=task.name, asked=question, question=cut(example.question), expected=cut(", ".join(example.answers)),
+            full=cut(full), said=cut(said), quality=grade, lost=best - grade,
+        )  # fmt: skip
+        label = f"{case.name} @ {case.keep}"
+        self.worst[label] = worst_of(self.worst.get(label, ()), one)
 
     def row(
         self, case: _Case, question: Question, tally: _Tally, task: Task, seed: int, tokens: int, model: str
@@ -387,11 +354,6 @@ class _Bench:
 
 
 _LN2 = 0.6931471805599453
-
-
-def _until(tokens: list[int], ends: set[int]) -> list[int]:
-    """Up to and with the first end token: what comes after it in a batch was never said."""
-    return next((tokens[: i + 1] for i, token in enumerate(tokens) if token in ends), tokens)
 
 
 def _common(said: list[int], reference: list[int]) -> float:

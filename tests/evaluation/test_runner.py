@@ -11,7 +11,9 @@ import fewer
 from fewer.fit import wants
 from fewer.methods import METHODS, of_family
 from fewer.methods.kv.kivi import KIVI
-from fewer_eval.runner import _Case, _common, _until, _Watch, compare
+from fewer.tuning.asking import until
+from fewer.tuning.hosts import watching
+from fewer_eval.runner import _Case, _common, compare
 from fewer_eval.tasks import Example, Task
 from tests.front.tiny_files import save
 from tests.tiny import prompt, tiny
@@ -40,12 +42,12 @@ SHARED = [
 @pytest.mark.parametrize("name", [*SHARED, "snapkv+kivi-4bit"])
 def test_under_a_shared_prefill_is_compressing_in_line(name: str) -> None:
     model, ids, more = tiny("llama", num_hidden_layers=4), prompt(150), prompt(7, seed=1)
-    needs = frozenset(need for shared in SHARED for need in METHODS[shared]().needs)
+    watch = watching([METHODS[shared]() for shared in SHARED])
     case = _Case.of(name, 0.6)
     if case.store is not None or "bits" in vars(case.method):  # heads of 16 features
         case = replace(case, store=case.store and KIVI(group=16, residual=32))
         case = replace(case, method=replace(case.method, group=16)) if hasattr(case.method, "group") else case
-    with torch.inference_mode(), fewer.Cache(model, _Watch(needs), 1.0) as full:
+    with torch.inference_mode(), fewer.Cache(model, watch, 1.0) as full:
         model(ids, past_key_values=full)
         shared = full.under(case.method, case.keep, store=case.store)
         got = model(more, past_key_values=shared).logits
@@ -84,8 +86,8 @@ def test_rows_of_a_comparison(tmp_path: Path) -> None:
 
 
 def test_what_was_said_after_the_end_was_never_said() -> None:
-    assert _until([5, 6, 9, 7], {9}) == [5, 6, 9]
-    assert _until([5, 6], {9}) == [5, 6]
+    assert until([5, 6, 9, 7], {9}) == [5, 6, 9]
+    assert until([5, 6], {9}) == [5, 6]
     assert _common([5, 6, 7], [5, 6, 8, 9]) == 0.5
     assert _common([5], [5, 6]) == 0.5
 

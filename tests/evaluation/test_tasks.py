@@ -248,7 +248,7 @@ def test_a_users_file_is_taken_as_it_is(tmp_path: Path) -> None:
         ("{oops}", "is not JSON: .* at column 2"),
         ("[1, 2]", "holds a list, not a JSON object"),
         ("null", "holds null, not a JSON object"),
-        ({"context": "x"}, "lacks question, answer"),
+        ({"context": "x"}, "lacks question"),
         ({**GOOD, "context": 3}, "context is a number, not a string"),
         ({**GOOD, "question": None}, "question is null, not a string"),
         ({**GOOD, "context": "  "}, "context is empty"),

@@ -1,7 +1,10 @@
 """`fewer compare` and `fewer generate`: methods for caches, measured and used."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +14,7 @@ from fewer import fit as fits
 from fewer.cli.common import Json, ModelName, err, listed, out, print_json, read_keep, read_text
 from fewer.compress import compress
 from fewer.methods import of_family, resolve
+from fewer.tuning.planfile import TunedPlan
 from fewer.types import FewerError, Keep, UnknownName
 
 if TYPE_CHECKING:
@@ -87,7 +91,7 @@ def _compare(
     info = RunInfo(
         model=model_name, command=" ".join(["fewer", *sys.argv[1:]]), date=date.today().isoformat(), seed=seed,
         tokens=tokens, samples=samples, hardware=environment.hardware(), versions=environment.versions(),
-        kept=done.kept, notes=done.notes,
+        kept=done.kept, notes=done.notes, worst=done.worst,
     )  # fmt: skip
     report.write_html(folder / "report.html", done.rows, info)
     report.write_jsonl(folder / "results.jsonl", done.rows, info)
@@ -102,15 +106,19 @@ def _compare(
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="The prompt; or give --file.")] = None,
     file: Annotated[Path | None, typer.Option(help="Read the prompt from a text file ('-' is standard input).")] = None,
-    method: str = "snapkv",
-    keep: str = "0.25",
+    method: Annotated[str | None, typer.Option(help="How the cache is shortened; default snapkv.")] = None,
+    keep: Annotated[str | None, typer.Option(help="What stays of the cache; default 0.25.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="A plan that `fewer tune` wrote, in their place.")] = None,
+    question: Annotated[str | None, typer.Option(help="What is asked about the prompt, which is its context.")] = None,
     when: Annotated[str | None, typer.Option(help="Compress at 'prefill', 'decode' or 'both'.")] = None,
     every: Annotated[int | None, typer.Option(help="Decoding steps between two compressions.")] = None,
     store: Annotated[str | None, typer.Option(help="How what is kept is held, such as kivi-4bit.")] = None,
     fit: Fits = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     plain: Annotated[bool, typer.Option(help="Do not wrap the prompt in the model's chat template.")] = False,
-    model: ModelName = "default",
+    model: Annotated[
+        str | None, typer.Option(help="A path, a hub name, or 'default'; with --plan, the plan's own.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Answer a prompt from a compressed cache; the text goes to stdout, the report to stderr."""
@@ -119,21 +127,48 @@ def generate(
     from fewer.models import load
 
     text = _prompt(prompt, file)
-    (chosen,), budget = fitted([method], fit), read_keep(keep)
-    loaded, tokenizer = load(model, say=err.print)
+    if plan is None:
+        (made,), budget = fitted([method or "snapkv"], fit), read_keep(keep or "0.25")
+        loaded, tokenizer = load(model or "default", say=err.print)
+        asked: Any = partial(compress, loaded, made, budget, when=when, every=every, store=store)
+    else:
+        given = {"method": method, "keep": keep, "when": when, "every": every, "store": store, "fit": fit}
+        if extra := [name for name, value in given.items() if value]:
+            raise FewerError(f"--plan {plan} says all of it; leave out --{', --'.join(extra)}")
+        tuned = TunedPlan.load(plan)
+        if tuned.setting.text is not None and question is None:
+            raise FewerError(
+                f"--plan {plan} shortens the context of a question by {tuned.setting.text.method}: give --question too"
+            )
+        loaded, tokenizer = load(model or tuned.model or "default", say=err.print)
+        text = tuned.setting.shorten(text, question, tokenizer)
+        asked = partial(_planned, tuned, loaded)
+    if question is not None:
+        text = f"{text}\n\n{question}"
     if not plain and tokenizer.chat_template is not None:
         message = [{"role": "user", "content": text}]
         text = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=plain)
-    with torch.inference_mode(), compress(loaded, chosen, budget, when=when, every=every, store=store) as run:
+    with torch.inference_mode(), asked() as run:
         run_model: Any = loaded.generate  # its type is lost behind the model class's attributes
         tokens = run_model(**ids, max_new_tokens=max_new_tokens, do_sample=False)
     answer = str(tokenizer.decode(tokens[0, ids.input_ids.shape[1] :], skip_special_tokens=True))
     if as_json:
-        print_json({"text": answer, "report": run.report.to_dict()})
+        print_json({"text": answer, "report": None if run is None else run.report.to_dict()})
         return
     print(answer)  # noqa: T201
-    err.print(str(run.report), highlight=False, markup=False)
+    if plan is not None:
+        err.print(str(tuned), highlight=False, markup=False)
+    if run is not None:
+        err.print(str(run.report), highlight=False, markup=False)
+
+
+@contextmanager
+def _planned(plan: TunedPlan, model: Any) -> Iterator[Any]:
+    """A plan's part for the model; its part for texts was done before."""
+    plan.check(model)
+    with plan.setting.under(model) as run:
+        yield run
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str:

@@ -77,7 +77,7 @@ def _asked(picture: Any, question: str, methods: list[str], keep: Any, name: str
         err.print("reference model trained for this, not a general one: it knows the questions of docs/vlm.md only")
         shown, text = vision.square(picture, reference_vlm.SIDE), reference_vlm.prompt(question)
     else:
-        model, processor = _loaded(name)
+        model, processor = pictured(name)
         turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
         shown, text = picture, processor.apply_chat_template(turn, add_generation_prompt=True)
     inputs = processor(images=[shown], text=[text], return_tensors="pt")
@@ -105,7 +105,7 @@ def _asked(picture: Any, question: str, methods: list[str], keep: Any, name: str
     out.print(f"{report.flops:.2f} of the FLOPs; wrote {file}", markup=False)
 
 
-def _loaded(name: str) -> tuple[Any, Any]:
+def pictured(name: str) -> tuple[Any, Any]:
     """A vision-language model and its processor, by path or hub name."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 

@@ -1,6 +1,7 @@
 """`fewer serve`: the server."""
 
 import socket
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,8 +18,11 @@ def serve(
     upstream: Annotated[
         str | None, typer.Option(help="Forward /v1/chat/completions to this base URL, such as http://127.0.0.1:8000/v1")
     ] = None,
-    method: Annotated[str, typer.Option(help="Shorten chats by this, and texts that name no method.")] = "llmlingua2",
-    keep: Annotated[float, typer.Option(help="The share of tokens that may stay in chats.")] = 0.5,
+    method: Annotated[
+        str | None, typer.Option(help="Shorten chats by this, and texts that name no method; default llmlingua2.")
+    ] = None,
+    keep: Annotated[float | None, typer.Option(help="The share of tokens that may stay in chats; default 0.5.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="A plan that `fewer tune` wrote, in their place.")] = None,
     frozen: Annotated[int, typer.Option(help="Leading messages of chats that stay as they are.", min=0)] = 0,
     protect: Annotated[
         list[str] | None, typer.Option(help="A class of things that stay in chats, such as numbers.")
@@ -39,6 +43,11 @@ def serve(
         raise FewerError(f"fewer serve needs {missing.name}: pip install 'fewer[serve]'") from None
     from fewer.serve.settings import Settings
 
+    if plan is not None:
+        if method is not None or keep is not None or protect:
+            raise FewerError(f"--plan {plan} says what to do with texts; leave out --method, --keep and --protect")
+        method, keep, protect = _planned(plan)
+    method, keep = method or "llmlingua2", 0.5 if keep is None else keep
     settings = Settings(
         host=host, upstream=upstream, method=method, keep=keep, frozen=frozen, protect=tuple(protect or ()),
         tokenizer=tokenizer, limit_mb=limit_mb, timeout=timeout, upstream_timeout=upstream_timeout, workers=workers,
@@ -60,6 +69,27 @@ def serve(
             create_app(settings), log_config=quiet, access_log=False, server_header=False, ws="none"
         )
         uvicorn.Server(config).run(sockets=[listening])
+
+
+def _planned(plan: Path) -> tuple[str, float, list[str]]:
+    """What a plan does with texts; what it does with a model is for whoever runs the model."""
+    from fewer.tuning.planfile import TunedPlan
+
+    tuned = TunedPlan.load(plan)
+    text = tuned.setting.text
+    if text is None:
+        raise FewerError(
+            f"--plan {plan}: {tuned.setting} has no part for texts, which is all that a server can do; tune with --for "
+            f"tokens, or use it where the model runs: fewer.compress(model, {str(plan)!r})"
+        )
+    err.print(str(tuned), highlight=False, markup=False)
+    if tuned.setting.held is not None:
+        err.print(
+            f"the promise is for both parts of the plan; this server does the first, and the model behind it has to do "
+            f"the second: fewer.compress(model, ...) with {tuned.setting.held.method}", style="red", highlight=False,
+            markup=False,
+        )  # fmt: skip
+    return text.method, text.keep, list(text.protect)
 
 
 _LINE = {"class": "logging.StreamHandler", "formatter": "line"}

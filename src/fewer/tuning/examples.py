@@ -1,0 +1,145 @@
+"""A user's own examples: JSON objects, one a line, and their parts that choose, that promise, and that check."""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fewer.types import FewerError
+
+
+@dataclass(frozen=True)
+class Example:
+    """A context, a question about it, and every string that a right answer has, where that is known.
+
+    `images` are picture files, for models that see; `task` tells kinds of examples apart in reports; `line` is where it
+    stood.
+    """
+
+    context: str
+    question: str
+    answers: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
+    task: str = ""
+    line: int = 0
+
+    def score(self, said: str) -> float:
+        """The share of the expected strings that an answer holds, in any case."""
+        text = said.casefold()
+        return sum(answer.casefold() in text for answer in self.answers) / len(self.answers)
+
+    @property
+    def key(self) -> str:
+        """The same for examples that ask the same."""
+        said = json.dumps([self.context, self.question, self.answers, self.images])
+        return hashlib.sha256(said.encode()).hexdigest()[:16]
+
+
+def read(path: str | Path) -> list[Example]:
+    """Read `{"context": ..., "question": ..., "answer": ...}` a line; "answer" is one string, a list of strings that
+    are all expected, or left out; "image" is a picture file or a list of them, beside the examples' own file, and then
+    the context may be left out; "task" names a kind. Other fields and empty lines are ignored.
+
+    Raises:
+        FewerError: names the file, the line and what is wrong with it.
+    """
+    path = Path(path)
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise FewerError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise FewerError(f"{path} cannot be read: {error.strerror or error}") from error
+    # Not splitlines(): JSON strings may hold the exotic line separators that it splits at.
+    lines = content.split("\n")
+    examples = [_example(f"{path}, line {i}", i, line, path.parent) for i, line in enumerate(lines, 1) if line.strip()]
+    if not examples:
+        raise FewerError(f"{path} has no lines; one JSON object a line is needed, with context, question and answer")
+    return examples
+
+
+def gather(data: str | Path | Iterable[Mapping[str, Any] | Example]) -> list[Example]:
+    """Examples out of a file, or of objects with the same fields."""
+    if isinstance(data, (str, Path)):
+        return read(data)
+    found = []
+    for number, one in enumerate(data, 1):
+        where = f"data, example {number}"
+        found.append(one if isinstance(one, Example) else _of(where, number, one, Path()))
+    if not found:
+        raise FewerError("data holds no examples")
+    return found
+
+
+def parts(examples: Sequence[Example], needed: int, seed: int) -> tuple[list[Example], list[Example], list[Example]]:
+    """Examples to search with, to calibrate with, and to check with afterwards: drawn at random, no example twice.
+
+    A quarter searches, a tenth checks, the rest, and at least `needed`, calibrates.
+
+    Raises:
+        FewerError: there are too few, which no setting could pass with.
+    """
+    unique = list({example.key: example for example in examples}.values())
+    order = random.Random(f"parts/{seed}").sample(unique, len(unique))
+    least = needed + 2
+    if len(order) < least:
+        twice = len(examples) - len(unique)
+        raise FewerError(
+            f"{len(order)} examples{f' ({twice} more stand there twice)' * bool(twice)} are too few: even if nothing "
+            f"is lost, this loss at this confidence takes {needed} to calibrate with, and some more to search with; "
+            f"give at least {least}, better {-(-needed * 10 // 6)}, or ask for a greater loss or less confidence"
+        )
+    searching = max(1, min(len(order) // 4, len(order) - needed - 1))
+    checking = max(1, min(len(order) // 10, len(order) - needed - searching))
+    return order[:searching], order[searching : len(order) - checking], order[len(order) - checking :]
+
+
+def _example(where: str, number: int, line: str, folder: Path) -> Example:
+    try:
+        fields = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise FewerError(f"{where} is not JSON: {error.msg} at column {error.colno}") from error
+    return _of(where, number, fields, folder)
+
+
+def _of(where: str, number: int, fields: Any, folder: Path) -> Example:
+    if not isinstance(fields, Mapping):
+        raise FewerError(f"{where} holds {_kind(fields)}, not a JSON object")
+    images = _strings(where, "image", fields.get("image", fields.get("images", [])))
+    expected = ["question"] if images else ["context", "question"]
+    if missing := [name for name in expected if name not in fields]:
+        raise FewerError(f"{where} lacks {', '.join(missing)}")
+    for name in ("context", "question", "task"):
+        if not isinstance(fields.get(name, ""), str):
+            raise FewerError(f"{where}: {name} is {_kind(fields[name])}, not a string")
+    if not images and not fields["context"].strip():
+        raise FewerError(f"{where}: context is empty")
+    answers = _strings(where, "answer", fields["answer"]) if "answer" in fields else ()
+    # An empty answer would be found in every prediction.
+    if "answer" in fields and not (answers and all(one.strip() for one in answers)):
+        raise FewerError(f"{where}: answer is empty")
+    found = tuple(str(folder / name) for name in images)
+    return Example(fields.get("context", ""), fields["question"], answers, found, fields.get("task", ""), number)
+
+
+def _strings(where: str, name: str, value: Any) -> tuple[str, ...]:
+    listed = value if isinstance(value, (list, tuple)) else [value]
+    for one in listed:
+        if not isinstance(one, str):
+            raise FewerError(f"{where}: {name} is {_kind(value)}, not a string or a list of strings")
+    return tuple(listed)
+
+
+def _kind(value: Any) -> str:
+    names = {
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "a string",
+        list: "a list",
+        dict: "an object",
+    }
+    return names.get(type(value), "null")

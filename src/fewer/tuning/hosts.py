@@ -1,0 +1,269 @@
+"""Who answers: a model, asked one example under many settings.
+
+Texts      a decoder: one prefill serves every setting that acts after it, and their caches answer as one batch
+Pictures   a vision-language model, setting by setting
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from fewer.adapters.hf_cache import Cache
+from fewer.methods import resolve_store
+from fewer.methods.any.full import Full
+from fewer.report import Report
+from fewer.tuning.asking import Asker
+from fewer.tuning.examples import Example
+from fewer.tuning.setting import Held, Setting
+from fewer.types import BudgetError, FewerError, Keep
+
+TOGETHER = 16
+"""Caches that answer as one batch; more would hold their bytes at once."""
+
+
+class Answer(NamedTuple):
+    """What was said, and what it took.
+
+    `bytes` is what the cache held after the prompt, `held` the entries of a head there, on average, `tokens` how many
+    of the prompt the model read (visual tokens as the mean over its layers), `new` how many it said, `choosing` the
+    seconds that deciding took; `shares` is what each head of each layer kept, of what it had. `refused` says why a
+    setting cannot be met here.
+    """
+
+    text: str
+    bytes: float = 0.0
+    held: float = 0.0
+    tokens: float = 0.0
+    new: int = 0
+    choosing: float = 0.0
+    shares: tuple[tuple[float, ...], ...] = ()
+    refused: str = ""
+
+
+@runtime_checkable
+class Host(Protocol):
+    """A model that can be asked; `settings` may hold `Setting()`, which is the model as it is."""
+
+    model: Any
+
+    def ask(self, example: Example, settings: Sequence[Setting]) -> list[Answer]: ...
+
+
+@dataclass(frozen=True)
+class _Watch(Full):
+    """Keeps everything and gathers what a list of methods needs."""
+
+    needs: frozenset[Any] = frozenset()  # type: ignore[misc]  # a field here, where Full has a constant
+
+
+class Texts:
+    """A transformers decoder and its tokenizer, asked questions about contexts.
+
+    Args:
+        most: tokens of an answer, at most.
+        unseen: compress the context before the question is read, as where one context serves many questions.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, most: int = 64, unseen: bool = False) -> None:
+        self.model, self.tokenizer, self.most, self.unseen = model, tokenizer, most, unseen
+        self.asker = Asker(model, tokenizer)
+        self.made: dict[Held, Any] = {}
+
+    @torch.inference_mode()
+    def ask(self, example: Example, settings: Sequence[Setting]) -> list[Answer]:
+        """One answer a setting, in their order."""
+        groups: dict[Any, list[int]] = defaultdict(list)
+        for index, setting in enumerate(settings):
+            groups[setting.text].append(index)
+        answers: dict[int, Answer] = {}
+        for text, members in groups.items():
+            try:
+                context = Setting(text).shorten(example.context, example.question, self.tokenizer)
+            except BudgetError as why:
+                answers.update(dict.fromkeys(members, Answer("", refused=str(why))))
+                continue
+            before, after = self.asker.prompt(context, example.question)
+            alone = [index for index in members if self.alone(settings[index].held)]
+            for index in alone:
+                answers[index] = self._in_line(settings[index].held, before, after)
+            rest = [index for index in members if index not in alone]
+            answers.update(zip(rest, self._beside([settings[i].held for i in rest], before, after), strict=True))
+        return [answers[index] for index in range(len(settings))]
+
+    def method(self, held: Held | None) -> Any:
+        """The method of a setting, made once: a fit is read from its file then."""
+        if held is None:
+            return Full()
+        if held not in self.made:
+            self.made[held] = held.made()
+        return self.made[held]
+
+    def alone(self, held: Held | None) -> bool:
+        """Whether it acts while the prompt is read or the answer is made, so that no prefill can be shared."""
+        method = self.method(held)
+        acts = any(getattr(method, name, None) is not None for name in ("shortens", "among", "reads"))
+        return acts or (held is not None and bool(held.options().keys() - {"store"}))
+
+    def _beside(self, held: Sequence[Held | None], before: Tensor, after: Tensor) -> list[Answer]:
+        """Answers from one prefill."""
+        if not held:
+            return []
+        watch = watching([self.method(one) for one in held])
+        found: list[Answer] = []
+        with Cache(self.model, watch, 1.0) as full:
+            logits = self.read(full, before)
+            if not self.unseen:
+                logits = self.read(full, after)
+            for start in range(0, len(held), TOGETHER):
+                found += self._together(full, held[start : start + TOGETHER], logits, after)
+        return found
+
+    def _together(self, full: Cache, held: Sequence[Held | None], logits: Tensor, after: Tensor) -> list[Answer]:
+        caches: list[Cache] = []
+        refused: dict[int, str] = {}
+        for index, one in enumerate(held):
+            try:
+                caches.append(full.under(self.method(one), _keep(one), store=_store(one)))
+            except BudgetError as why:
+                refused[index] = str(why)
+        reports = [cache.report for cache in caches]
+        said: list[list[int]] = []
+        if caches:
+            batch = Cache.stack(caches)
+            if self.unseen:
+                ids = after.expand(len(caches), -1)
+                first = self.model(ids, past_key_values=batch, logits_to_keep=1).logits[:, -1].argmax(-1)
+            else:
+                first = logits.argmax(-1).expand(len(caches))
+            said = self.asker.answers(self.asker.greedy(batch, first, self.most))
+        there = iter(zip(said, reports, strict=True))
+        tokens = full.get_seq_length() + (after.shape[1] if self.unseen else 0)
+        return [
+            Answer("", refused=refused[index]) if index in refused else self._answer(*next(there), tokens)
+            for index in range(len(held))
+        ]
+
+    def _in_line(self, held: Held | None, before: Tensor, after: Tensor) -> Answer:
+        """The answer of a setting by itself, as `fewer.compress` gives it."""
+        assert held is not None
+        options = {name: value for name, value in held.options().items() if name in ("when", "every")}
+        try:
+            with Cache(self.model, self.method(held), _keep(held), store=_store(held), **options) as cache:
+                logits = self.read(cache, before if self.unseen else torch.cat([before, after], 1))
+                if held.when in (None, "prefill"):
+                    cache.freeze()
+                report = cache.report
+                if self.unseen:
+                    logits = self.read(cache, after)
+                tokens = cache.get_seq_length()
+                said = self.asker.answers(self.asker.greedy(cache, logits.argmax(-1), self.most))
+                return self._answer(said[0], report, tokens)
+        except BudgetError as why:
+            return Answer("", refused=str(why))
+
+    def read(self, cache: Cache, ids: Tensor) -> Tensor:
+        """Read tokens (1, n) into a cache; the logits (1, vocabulary) after them."""
+        logits: Tensor = self.model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        return logits
+
+    def _answer(self, said: list[int], report: Report, tokens: int) -> Answer:
+        shares = shares_of(report)
+        held = report.kept * tokens
+        return Answer(self.asker.text(said), report.bytes_kept, held, tokens, len(said), report.seconds, shares)
+
+
+class Pictures:
+    """A vision-language model and its processor, asked about pictures.
+
+    Args:
+        write: the prompt for a question about so many pictures, as the model expects it; left out, the processor's
+            chat template makes it.
+        see: what is done to a picture file's picture before the processor has it.
+    """
+
+    def __init__(self, model: Any, processor: Any, *, most: int = 64, write: Any = None, see: Any = None) -> None:
+        self.model, self.processor, self.most = model, processor, most
+        self.write, self.see = write or self._turn, see or (lambda picture: picture)
+
+    @torch.inference_mode()
+    def ask(self, example: Example, settings: Sequence[Setting]) -> list[Answer]:
+        """One answer a setting, in their order."""
+        if not example.images:
+            raise FewerError(
+                f"example {example.line} has no image, and {type(self.model).__name__} is asked about them"
+            )
+        images = [self.see(_open(name)) for name in example.images]
+        answers = []
+        for setting in settings:
+            question = example.question
+            if example.context:
+                question = f"{setting.shorten(example.context, question, self.processor.tokenizer)}\n\n{question}"
+            text = self.write(question, len(images))
+            inputs = self.processor(images=images, text=[text], return_tensors="pt").to(self.model.device)
+            try:
+                answers.append(self._one(setting, inputs))
+            except BudgetError as why:
+                answers.append(Answer("", refused=str(why)))
+        return answers
+
+    def _one(self, setting: Setting, inputs: Any) -> Answer:
+        begun = inputs["input_ids"].shape[1]
+        # the model as it is goes through a cache of ours too, for its bytes
+        whole = setting if setting.held is not None else Setting(held=Held("full", only="visual"))
+        with whole.under(self.model) as run:
+            written = self.model.generate(**inputs, max_new_tokens=self.most, do_sample=False)
+        said = self.processor.tokenizer.decode(written[0, begun:], skip_special_tokens=True).strip()
+        report = run.report
+        cache = report.cache
+        had = report.had
+        tokens = begun - had + report.mean
+        new = written.shape[1] - begun
+        return Answer(
+            said, _prompt_bytes(cache, new), cache.kept * begun, tokens, new, report.seconds, shares_of(cache)
+        )
+
+    def _turn(self, question: str, images: int) -> str:
+        pictures: list[dict[str, str]] = [{"type": "image"}] * images
+        turn = [{"role": "user", "content": [*pictures, {"type": "text", "text": question}]}]
+        return str(self.processor.apply_chat_template(turn, add_generation_prompt=True))
+
+
+def watching(methods: Sequence[Any]) -> Any:
+    """A method that keeps everything, and gathers what these need."""
+    return _Watch(frozenset(need for method in methods for need in method.needs))
+
+
+def shares_of(report: Report) -> tuple[tuple[float, ...], ...]:
+    """What each head of each layer kept of what its first row had."""
+    mine = [layer for layer in report.layers if layer.state != "left alone"]
+    return tuple(tuple(count / max(layer.seen[0], 1) for count in layer.kept[0]) for layer in mine)
+
+
+def _keep(held: Held | None) -> Keep | list[Any]:
+    if held is None:
+        return 1.0
+    return list(held.keep) if isinstance(held.keep, tuple) else held.keep
+
+
+def _store(held: Held | None) -> Any:
+    return resolve_store(held.store if held is not None else None)
+
+
+def _prompt_bytes(report: Report, new: int) -> float:
+    """Bytes of the cache without those of generated tokens, which every setting keeps alike."""
+    mine = [layer for layer in report.layers if layer.seen]
+    return sum(layer.bytes_kept - layer.bytes_full * new / max(layer.seen[0], 1) for layer in mine)
+
+
+def _open(name: str) -> Any:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(name) as opened:
+            return opened.convert("RGB")
+    except (OSError, UnidentifiedImageError) as why:
+        raise FewerError(f"{name} is no picture that can be read: {why}") from why

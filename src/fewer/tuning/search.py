@@ -1,0 +1,193 @@
+"""From many settings to a few that are worth a promise, and from those to one that has it.
+
+race       all candidates on a few examples, those left on more: who would rarely have lost so much if its true
+           loss were what is asked goes out, and who is dearer and no better than others
+ladder     what is left, from the dearest to the cheapest: the order that promises are tested in
+promise    calibration: the ladder from its safe end, until the first that does not pass
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+from fewer.tuning import risk
+from fewer.tuning.examples import Example
+from fewer.tuning.hosts import Answer, Host
+from fewer.tuning.journal import Journal
+from fewer.tuning.losses import Loss, changed, lost
+from fewer.tuning.result import Measured
+from fewer.tuning.setting import Setting
+
+Tick = Callable[[str, int, int], None]
+"""Told what is being done, how many examples of it are done, and of how many."""
+RARE = 0.05
+"""A candidate goes out when a loss as large as its own would be rarer than this at the loss that is asked."""
+LEFT = (24, 12)
+"""Candidates left, at most, after the first and the second round."""
+RUNGS = 8
+"""Settings on the ladder, at most."""
+
+
+@dataclass
+class Bench:
+    """A model, and everything it has said so far."""
+
+    host: Host
+    loss: Loss
+    journal: Journal
+    aim: str
+    seconds: Callable[[Answer, Answer], float | None] = lambda full, said: None
+    tick: Tick = lambda what, done, of: None
+
+    def ask(self, what: str, examples: Sequence[Example], settings: Sequence[Setting]) -> None:
+        """See that every example was answered under every setting, and by the model as it is."""
+        for done, example in enumerate(examples):
+            self.tick(what, done, len(examples))
+            self.one(example, settings)
+        self.tick(what, len(examples), len(examples))
+
+    def one(self, example: Example, settings: Sequence[Setting]) -> None:
+        """The same for one example."""
+        left = [one for one in (Setting(), *settings) if self.journal.get(example, one) is None]
+        if left:
+            for setting, answer in zip(left, self.host.ask(example, left), strict=True):
+                self.journal.put(example, setting, answer)
+
+    def answer(self, example: Example, setting: Setting) -> Answer:
+        found = self.journal.get(example, setting)
+        assert found is not None
+        return found
+
+    def lost(self, example: Example, setting: Setting, loss: Loss | None = None) -> float:
+        """What one setting lost on one example."""
+        full, said = self.answer(example, Setting()), self.answer(example, setting)
+        return lost(loss or self.loss, full.text, said.text, example)
+
+    def measured(self, setting: Setting, examples: Sequence[Example]) -> Measured:
+        """The means over examples that were asked."""
+        losses = [self.lost(example, setting) for example in examples]
+        said = [self.answer(example, setting) for example in examples]
+        tasks: dict[str, list[float]] = defaultdict(list)
+        for example, loss in zip(examples, losses, strict=True):
+            tasks[example.task].append(loss)
+        took = [self.seconds(self.answer(one, Setting()), self.answer(one, setting)) for one in examples]
+        return Measured(
+            setting,
+            len(losses),
+            fmean(losses),
+            fmean(one.bytes for one in said),
+            fmean(one.tokens for one in said),
+            None if None in took else fmean(one for one in took if one is not None),
+            {task: fmean(values) for task, values in sorted(tasks.items()) if task},
+        )
+
+    def refused(self, setting: Setting, examples: Sequence[Example]) -> str:
+        """Why a setting cannot be met on some example, if so."""
+        return next((why for one in examples if (why := self.answer(one, setting).refused)), "")
+
+
+def race(
+    bench: Bench, settings: Sequence[Setting], examples: Sequence[Example], asked: float
+) -> tuple[list[Measured], list[str]]:
+    """The candidates that are left after all rounds, measured on all the examples; and what went out unasked for."""
+    n, left, notes = len(examples), list(settings), []
+    for turn, many in enumerate((min(n, max(8, n // 6)), min(n, max(24, n // 2)), n)):
+        some = examples[:many]
+        bench.ask(f"search, round {turn + 1} of 3, {len(left)} settings", some, left)
+        for setting in list(left):
+            if why := bench.refused(setting, some):
+                left.remove(setting)
+                notes.append(f"{setting} is left out: {why}")
+        found = [bench.measured(setting, some) for setting in left]
+        found = [one for one in found if plausible(one.loss, one.n, asked)]
+        if turn < len(LEFT):
+            found = best(found, bench.aim, LEFT[turn])
+        left = [one.setting for one in found]
+    return found, notes
+
+
+def plausible(loss: float, n: int, asked: float) -> bool:
+    """Whether a mean loss on n examples is not rare where the true one is what is asked.
+
+    >>> plausible(0.125, 8, 0.02), plausible(0.25, 8, 0.02)
+    (True, False)
+    """
+    fewer = math.floor(loss * n + 1e-9) - 1
+    below = sum(math.comb(n, k) * asked**k * (1 - asked) ** (n - k) for k in range(fewer + 1))
+    return 1 - below >= RARE
+
+
+def best(found: Sequence[Measured], aim: str, many: int) -> list[Measured]:
+    """So many settings, those first that no other beats in both loss and cost, then those that only these beat..."""
+    left = sorted(found, key=lambda one: (one.cost(aim), one.loss))
+    chosen: list[Measured] = []
+    while left and len(chosen) < many:
+        layer = frontier(left, aim)
+        left = [one for one in left if one not in layer]
+        chosen += layer
+    return chosen[:many]
+
+
+def frontier(found: Sequence[Measured], aim: str) -> list[Measured]:
+    """Those that no other beats in both loss and cost, the cheapest first; of equals the first."""
+    line: list[Measured] = []
+    for one in sorted(found, key=lambda one: (one.cost(aim), one.loss)):
+        if not line or one.loss < line[-1].loss:
+            line.append(one)
+    return line
+
+
+def ladder(bench: Bench, found: Sequence[Measured], full: Measured, examples: Sequence[Example]) -> list[Measured]:
+    """At most so many rungs between the full cost and the cheapest: on each the setting that lost least there, and of
+    those the one whose answers changed least. A rung that strains more than a cheaper one is left out: testing stops at
+    the first that fails. What costs no less than the full model has no rung."""
+    able = [one for one in found if 0 < one.cost(bench.aim) < full.cost(bench.aim)]
+    if not able:
+        return []
+    low, high = min(one.cost(bench.aim) for one in able), full.cost(bench.aim)
+    width = math.log(high / low) / RUNGS
+    rungs: dict[int, list[Measured]] = defaultdict(list)
+    for one in able:
+        rungs[min(RUNGS - 1, int(math.log(one.cost(bench.aim) / low) / width))].append(one)
+
+    def strain(one: Measured) -> tuple[float, float, float]:
+        differs = fmean(bench.lost(example, one.setting, changed) for example in examples)
+        return one.loss, differs, one.cost(bench.aim)
+
+    steps: list[tuple[Measured, tuple[float, float, float]]] = []
+    for rung in sorted(rungs):  # from the cheapest
+        one = min(rungs[rung], key=strain)
+        if not steps or strain(one)[:2] <= steps[-1][1][:2]:
+            steps.append((one, strain(one)))
+    return [one for one, _ in reversed(steps)]
+
+
+def promise(
+    bench: Bench, rungs: Sequence[Measured], examples: Sequence[Example], asked: float, confidence: float
+) -> tuple[list[Measured], int]:
+    """The rungs on the calibration examples, each with its p-value, and how many pass from the safe end.
+
+    What has lost so much already that it cannot pass any more is not asked further, nor is what comes after it: testing
+    stops there. Those have no p-value.
+    """
+    settings, delta, n = [one.setting for one in rungs], 1 - confidence, len(examples)
+    totals = [0.0] * len(settings)
+    for done, example in enumerate(examples):
+        bench.tick(f"calibration, {len(settings)} settings", done, n)
+        bench.one(example, settings)
+        for index, setting in enumerate(settings):
+            refused = bench.answer(example, setting).refused
+            totals[index] += n if refused else bench.lost(example, setting)
+        if dead := [i for i, total in enumerate(totals[: len(settings)]) if risk.hopeless(total, n, asked, delta)]:
+            settings = settings[: dead[0]]
+        if not settings:
+            break
+    bench.tick("calibration", n, n)
+    tested = []
+    for setting in settings:
+        losses = [bench.lost(example, setting) for example in examples]
+        tested.append(replace(bench.measured(setting, examples), p=risk.p_value(losses, asked)))
+    passed = risk.fixed_sequence([one.p for one in tested if one.p is not None], delta)
+    return [*tested, *rungs[len(settings) :]], passed

@@ -1,0 +1,204 @@
+"""The whole search on a tiny model: what it finds holds together, it goes on where it stopped, and says why not."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fewer
+from fewer.tuning import risk
+from fewer.tuning.dial import tune
+from fewer.tuning.examples import Example
+from fewer.tuning.hosts import Answer, Texts
+from fewer.tuning.planfile import TunedPlan
+from fewer.tuning.result import Tuned
+from fewer.tuning.setting import Setting
+from fewer.types import FewerError, UnknownName
+from tests.tuning.talking import examples, talker
+
+
+def half(full: str, said: str, example: Example) -> float:
+    """Another answer is half lost: a random model's answers change with the least touch."""
+    return 0.5 * (full != said)
+
+
+ASKED: dict[str, Any] = {
+    "loss": 0.7, "confidence": 0.8, "measure": half, "methods": ["knorm", "truncation"], "max_new_tokens": 4,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Texts:
+    return talker(tmp_path_factory.mktemp("model"), most=4)
+
+
+@pytest.fixture(scope="module")
+def found(host: Texts) -> Tuned:
+    return tune(host.model, examples(40), processor=host.tokenizer, **ASKED)
+
+
+def timeless(found: Tuned) -> dict[str, Any]:
+    return replace(found, seconds=0.0).to_dict()
+
+
+def test_what_was_found_holds_together(host: Texts, found: Tuned, tmp_path: Path) -> None:
+    assert found.parts == {"search": 10, "calibration": 26, "held out": 4}
+    assert found.full.loss == 0 and found.full.tokens > 100
+    passed = [one for one in found.sequence if one.p is not None and one.p <= 0.2]
+    assert found.chosen is not None and passed and found.chosen in [one.setting for one in passed]
+    chosen = next(one for one in found.sequence if one.setting == found.chosen)
+    assert chosen.n == 26 and chosen.bytes < found.full.bytes
+    costs = [one.bytes for one in found.sequence]
+    assert costs == sorted(costs, reverse=True) or len(passed) < len(costs)
+    assert found.held is not None and found.held.n == 4
+    assert "With confidence 0.8" in found.promise and str(found.chosen) in found.promise
+    assert len(found.budgets) == 3 and all(len(layer) == 2 and 0 < min(layer) <= 1 for layer in found.budgets)
+    assert all(one.loss > 0 and one.full != one.said for one in found.worst)
+    json.dumps(found.to_dict())
+    found.plan().save(tmp_path / "plan.toml")
+    plan = TunedPlan.load(tmp_path / "plan.toml")
+    assert plan.setting == found.chosen and plan.promise is not None and plan.promise.lost == chosen.loss
+
+
+def test_the_plan_gives_the_answers_that_were_measured(host: Texts, found: Tuned) -> None:
+    plan = found.plan()
+    assert plan.setting.held is not None
+    for example in examples(40)[:5]:
+        (said,) = host.ask(example, [plan.setting])
+        text = plan.setting.shorten(example.context, example.question, host.tokenizer)
+        ids = torch.cat(host.asker.prompt(text, example.question), 1)
+        with torch.inference_mode(), plan.setting.under(host.model):
+            out = host.model.generate(ids, max_new_tokens=4, do_sample=False, attention_mask=torch.ones_like(ids))
+        assert host.asker.text(host.asker.answers(out[:, ids.shape[1] :])[0]) == said.text
+
+
+class Counting(Texts):
+    """Counts what it is asked, and stops after so many."""
+
+    left = 10**9
+    asked = 0
+
+    def ask(self, example: Example, settings: Sequence[Setting]) -> list[Answer]:
+        if self.left == 0:
+            raise KeyboardInterrupt
+        self.left -= 1
+        self.asked += len(settings)
+        return super().ask(example, settings)
+
+
+@pytest.mark.parametrize("stop", [1, 12, 30])
+def test_a_search_that_was_broken_off_goes_on(host: Texts, found: Tuned, tmp_path: Path, stop: int) -> None:
+    record = tmp_path / "record" / "answers.jsonl"
+    one = Counting(host.model, host.tokenizer, most=4)
+    one.left = stop
+    with pytest.raises(KeyboardInterrupt):
+        tune(host.model, examples(40), host=one, record=record, **ASKED)
+    with record.open("ab") as file:
+        file.write(b'{"example": "cut sh')  # the power went while a line was written
+    two = Counting(host.model, host.tokenizer, most=4)
+    again = tune(host.model, examples(40), host=two, record=record, **ASKED)
+    three = Counting(host.model, host.tokenizer, most=4)
+    once_more = tune(host.model, examples(40), host=three, record=record, **ASKED)
+    assert three.asked == 0 and two.asked > 0
+    # costs in seconds of deciding differ from run to run; what was answered does not
+    assert timeless(again) == timeless(once_more)
+    assert timeless(again)["searched"] == timeless(found)["searched"] and again.chosen == found.chosen
+
+
+def test_a_record_of_something_else_is_refused(host: Texts, tmp_path: Path) -> None:
+    record = tmp_path / "answers.jsonl"
+    tune(host.model, examples(40), host=host, record=record, levels=False, **ASKED)
+    before = record.read_bytes()
+    with pytest.raises(FewerError, match=r"record of another run \(data differ\)"):
+        tune(host.model, examples(41), host=host, record=record, **ASKED)
+    with pytest.raises(FewerError, match=r"another run \(max_new_tokens, measure differ\)"):
+        tune(host.model, examples(40), host=host, record=record, **{**ASKED, "measure": "numbers", "max_new_tokens": 5})
+    assert record.read_bytes() == before
+    record.write_text("once upon a time\n")
+    with pytest.raises(FewerError, match="no record of `fewer tune`"):
+        tune(host.model, examples(40), host=host, record=record, **ASKED)
+
+
+def test_a_full_disk_keeps_what_is_there(host: Texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = tmp_path / "answers.jsonl"
+    one = Counting(host.model, host.tokenizer, most=4)
+    one.left = 5
+    with pytest.raises(KeyboardInterrupt):
+        tune(host.model, examples(40), host=one, record=record, **ASKED)
+    before, opened = record.read_bytes(), Path.open
+
+    def full(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if mode == "a":
+            raise OSError(28, "No space left on device")
+        return opened(self, mode, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(FewerError, match=r"cannot be written \(No space left on device\); what is in it stays"):
+        tune(host.model, examples(40), host=host, record=record, **ASKED)
+    assert record.read_bytes() == before
+
+
+def test_no_setting_that_passes(host: Texts) -> None:
+    asked = {**ASKED, "methods": ["random"], "loss": 0.06, "levels": False}
+    none = tune(host.model, examples(60), processor=host.tokenizer, **asked)
+    assert none.chosen is None and none.promise.startswith("Do not compress: ")
+    with pytest.raises(FewerError, match="there is no plan to write"):
+        none.plan()
+
+
+def test_the_best_of_both_are_tried_together(host: Texts) -> None:
+    asked = {**ASKED, "loss": 0.9, "levels": False}
+    both = tune(host.model, examples(40), processor=host.tokenizer, **asked)
+    names = [one.setting for one in both.searched]
+    assert any(one.text is not None and one.held is not None for one in names)
+
+
+def test_for_latency_seconds_are_counted(host: Texts) -> None:
+    fast = tune(
+        host.model, examples(40), processor=host.tokenizer, aim="latency", **{**ASKED, "loss": 0.9, "levels": False}
+    )
+    assert all(one.seconds is not None and one.seconds > 0 for one in (fast.full, *fast.searched))
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"loss": 1.5}, r"tune\(loss=1\.5\)"),
+        ({"loss": -0.1}, r"tune\(loss=-0\.1\)"),
+        ({"loss": 0.0}, "cannot be promised"),
+        ({"loss": float("nan")}, r"tune\(loss=nan\)"),
+        ({"confidence": 1.0}, r"tune\(confidence=1\.0\)"),
+        ({"measure": "sound"}, "known are changed, wrong, numbers"),
+        ({"aim": "money"}, "memory, latency, tokens"),
+        ({"loss": 0.02, "confidence": 0.95}, "40 examples are too few"),
+    ],
+)
+def test_what_cannot_be_asked(host: Texts, asked: dict[str, Any], said: str) -> None:
+    with pytest.raises((FewerError, UnknownName), match=said):
+        tune(host.model, examples(40), host=host, **{**ASKED, **asked})
+
+
+def test_examples_without_answers_are_named(host: Texts) -> None:
+    bare = [replace(one, answers=()) if one.line in (3, 5) else one for one in examples(40)]
+    with pytest.raises(FewerError, match=r"2 of 40 examples have no answer \(the first is in line 3\)"):
+        tune(host.model, bare, host=host, **{**ASKED, "measure": "wrong"})
+    tune(
+        host.model, bare, host=host, **{**ASKED, "measure": "changed", "methods": ["knorm"], "levels": False}
+    )  # changed needs none
+
+
+def test_a_loss_of_your_own(host: Texts) -> None:
+    def longer(full: str, said: str, example: Example) -> float:
+        return float(len(said) > len(full))
+
+    mine = tune(host.model, examples(40), host=host, **{**ASKED, "measure": longer, "levels": False})
+    assert mine.measure == "longer"
+
+
+def test_the_least_examples_that_can_do() -> None:
+    assert risk.needed(0.02, 0.05) == 149 and 0.98**149 <= 0.05 < 0.98**148
+    assert fewer.tune is tune

@@ -1,0 +1,84 @@
+"""A user's own file: what is read, what is refused, and its parts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fewer.tuning import risk
+from fewer.tuning.examples import Example, gather, parts, read
+from fewer.types import FewerError
+from tests.tuning.talking import examples
+
+
+def written(path: Path, *lines: Any) -> Path:
+    path.write_text("\n".join(one if isinstance(one, str) else json.dumps(one) for one in lines), encoding="utf-8")
+    return path
+
+
+def test_what_is_read(tmp_path: Path) -> None:
+    path = written(
+        tmp_path / "mine.jsonl",
+        {"context": "a\u2028b", "question": "?", "answer": "x", "task": "t", "more": 1},
+        "",
+        {"image": "cat.png", "question": "?", "answer": ["x", "y"]},
+        {"context": "c", "question": "?"},
+    )
+    one, two, three = read(path)
+    assert one == Example("a\u2028b", "?", ("x",), (), "t", 1)
+    assert (two.images, two.answers, two.line) == ((str(tmp_path / "cat.png"),), ("x", "y"), 3)
+    assert three.answers == () and two.score("Y") == 0.5
+    assert gather([{"context": "c", "question": "?"}]) == [Example("c", "?", line=1)]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", "line 2 is not JSON"),
+        ([1], "line 2 holds a list"),
+        ({"question": "?"}, "line 2 lacks context"),
+        ({"context": "c"}, "line 2 lacks question"),
+        ({"context": " ", "question": "?"}, "line 2: context is empty"),
+        ({"context": "c", "question": 3}, "question is a number"),
+        ({"context": "c", "question": "?", "answer": ""}, "answer is empty"),
+        ({"context": "c", "question": "?", "answer": []}, "answer is empty"),
+        ({"context": "c", "question": "?", "answer": [1]}, "answer is a list, not a string or a list of strings"),
+        ({"image": 3, "question": "?"}, "image is a number"),
+        ({"context": "c", "question": "?", "task": 3}, "task is a number"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: Any, said: str) -> None:
+    path = written(tmp_path / "mine.jsonl", {"context": "c", "question": "?"}, line)
+    with pytest.raises(FewerError, match=said):
+        read(path)
+
+
+def test_files_that_hold_no_examples(tmp_path: Path) -> None:
+    with pytest.raises(FewerError, match="cannot be read"):
+        read(tmp_path / "none.jsonl")
+    with pytest.raises(FewerError, match="has no lines"):
+        read(written(tmp_path / "empty.jsonl"))
+    (tmp_path / "latin.jsonl").write_bytes("{'ä'}".encode("latin-1"))
+    with pytest.raises(FewerError, match=r"is not UTF-8 text \(byte 2\)"):
+        read(tmp_path / "latin.jsonl")
+    with pytest.raises(FewerError, match="holds no examples"):
+        gather([])
+
+
+def test_no_example_is_in_two_parts_or_twice() -> None:
+    many = examples(300)
+    search, calibrate, check = parts([*many, *many[:50]], 149, seed=3)
+    keys = [one.key for one in (*search, *calibrate, *check)]
+    assert len(keys) == len(set(keys)) == 300
+    assert (len(search), len(calibrate), len(check)) == (75, 195, 30)
+    assert parts(many, 149, seed=3)[1] == calibrate and parts(many, 149, seed=4)[1] != calibrate
+
+
+def test_the_fewest_that_will_do() -> None:
+    search, calibrate, check = parts(examples(151), 149, 0)
+    assert (len(search), len(calibrate), len(check)) == (1, 149, 1)
+    with pytest.raises(FewerError, match=r"150 examples are too few.*takes 149 to calibrate.*at least 151"):
+        parts(examples(150), 149, 0)
+    with pytest.raises(FewerError, match=r"10 examples \(10 more stand there twice\) are too few"):
+        parts([*examples(10), *examples(10)], risk.needed(0.02, 0.05), 0)
