@@ -1,53 +1,18 @@
 """Pictures of an evaluation as SVG: quality against bytes, and where the entries stay. The same rows, the same text."""
 
-import io
 import math
-import re
 from collections.abc import Mapping, Sequence
-from html import escape
 from statistics import fmean
 from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
+from fewer_eval.drawing import COLOURS, GREY, INK, PICTURE_STYLE, axes_of, halving, look_of, svg_of
 from fewer_eval.lines import MB, YARDSTICKS, Line, lines_of
 from fewer_eval.schema import Question, Row
-
-# Readable on white and on near-black (contrast 3 or more), and told apart under red and green blindness; as markers
-# come in a number with no common factor, 35 methods pass before a colour and marker repeat together.
-COLOURS = ("#1f74d1", "#e06a10", "#009e73", "#d062a8", "#8a6a2a")
-MARKERS = "osD^vPX"
-GREY = "#8f8f8f"
-# A stand-in that becomes the page's own text colour, so that one picture serves light and dark.
-INK = "#010203"
-INK_STYLE = (
-    "<style>.fewer-picture{color:#1f2328}@media (prefers-color-scheme:dark){.fewer-picture{color:#e6e8eb}}</style>"
-)
-PICTURE_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "text.parse_math": False,
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.14,
-    "lines.linewidth": 1.6,
-    "legend.frameon": False,
-    "savefig.bbox": "tight",
-    "savefig.pad_inches": 0.04,
-    "text.color": INK,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "grid.color": INK,
-}
 
 
 def picture(rows: Sequence[Row]) -> str:
@@ -65,12 +30,12 @@ def picture(rows: Sequence[Row]) -> str:
     looks = _looks(methods)
     with rc_context({**PICTURE_STYLE, "svg.hashsalt": "fewer quality"}):
         figure = Figure(figsize=(10.4, 3.7 + 0.2 * math.ceil(len(methods) / 6)), layout="constrained")
-        for axes, (title, name, question) in zip(_axes(figure, 1, len(panels)), panels, strict=True):
+        for axes, (title, name, question) in zip(axes_of(figure, 1, len(panels)), panels, strict=True):
             for method in methods:
                 _draw(axes, [line for line in lines if line.method == method], name, question, looks[method])
             _finish(axes, title, name)
         _legend(figure, looks)
-        return _svg(figure, "Quality against megabytes of cache kept, one line per method; the table has the numbers.")
+        return svg_of(figure, "Quality against megabytes of cache kept, one line a method; the table has the numbers.")
 
 
 def scatter(panels: Mapping[str, Sequence[tuple[str, float, float]]], along: str) -> str:
@@ -81,7 +46,7 @@ def scatter(panels: Mapping[str, Sequence[tuple[str, float, float]]], along: str
     looks = _looks(methods)
     with rc_context({**PICTURE_STYLE, "svg.hashsalt": "fewer scatter"}):
         figure = Figure(figsize=(10.4, 3.9 + 0.2 * math.ceil(len(methods) / 6)), layout="constrained")
-        for axes, (title, points) in zip(_axes(figure, 1, len(panels)), panels.items(), strict=True):
+        for axes, (title, points) in zip(axes_of(figure, 1, len(panels)), panels.items(), strict=True):
             for method in methods:
                 mine = sorted((x, y) for name, x, y in points if name == method)
                 if mine:
@@ -91,7 +56,7 @@ def scatter(panels: Mapping[str, Sequence[tuple[str, float, float]]], along: str
             axes.set_title(title)
             axes.set_xlabel(along)
         _legend(figure, looks)
-        return _svg(figure, f"Quality against {along}, one line per method; the tables have the numbers.")
+        return svg_of(figure, f"Quality against {along}, one line per method; the tables have the numbers.")
 
 
 def kept_picture(kept: Mapping[str, list[list[int]]]) -> str:
@@ -111,7 +76,7 @@ def kept_picture(kept: Mapping[str, list[list[int]]]) -> str:
     count = math.ceil(len(panels) / columns)
     with rc_context({**PICTURE_STYLE, "svg.hashsalt": "fewer kept"}):
         figure = Figure(figsize=(10.4, 0.7 + 1.7 * count), layout="constrained")
-        grid = _axes(figure, count, columns, share=True)
+        grid = axes_of(figure, count, columns, share=True)
         for axes, (method, entries) in zip(grid, panels.items(), strict=False):
             for keep, layers in entries.items():
                 look = looks[keep]
@@ -133,12 +98,12 @@ def kept_picture(kept: Mapping[str, list[list[int]]]) -> str:
             handles = [grid[0].plot([], [], **looks[keep])[0] for keep in keeps]
             labels = [f"keep {keep}" for keep in keeps]
             figure.legend(handles, labels, loc="outside upper right", ncols=min(8, len(keeps)))
-        return _svg(figure, "Entries kept per layer, one panel per method; the table below has the numbers.")
+        return svg_of(figure, "Entries kept per layer, one panel per method; the table below has the numbers.")
 
 
 def _looks(methods: Sequence[str]) -> dict[str, dict[str, Any]]:
     """How each method is drawn: yardsticks in grey, the full model in ink."""
-    looks = {name: _look(i) for i, name in enumerate(sorted(set(methods) - set(YARDSTICKS)))} | {
+    looks = {name: look_of(i) for i, name in enumerate(sorted(set(methods) - set(YARDSTICKS)))} | {
         "full": {"color": INK, "linestyle": "--", "marker": "*", "markersize": 8},
         "random": {"color": GREY, "linestyle": ":", "marker": "x", "markersize": 5},
         "uniform": {"color": GREY, "linestyle": "-.", "marker": "+", "markersize": 6},
@@ -152,14 +117,6 @@ def _legend(figure: Figure, looks: Mapping[str, dict[str, Any]]) -> None:
     # Set afterwards, as matplotlib leaves a label out of the legend when it starts with an underscore.
     for text, method in zip(legend.get_texts(), looks, strict=True):
         text.set_text(method)
-
-
-def _look(i: int) -> dict[str, Any]:
-    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
-
-
-def _axes(figure: Figure, rows: int, columns: int, share: bool = False) -> list[Axes]:
-    return list(figure.subplots(rows, columns, sharex=share, sharey=share, squeeze=False).flat)
 
 
 def _draw(axes: Axes, lines: Sequence[Line], name: str, question: Question, look: Mapping[str, Any]) -> None:
@@ -176,26 +133,8 @@ def _draw(axes: Axes, lines: Sequence[Line], name: str, question: Question, look
 def _finish(axes: Axes, title: str, name: str) -> None:
     axes.set_title(title)
     axes.set_xlabel("cache kept, MB (log scale)")
-    # Budgets halve again and again, so equal steps on the axis are equal factors.
-    axes.set_xscale("log")
-    low, high = axes.get_xlim()
-    axes.set_xlim(left=min(low, high / 2))  # wide enough to hold two ticks
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 8 * low else (1, 1.5, 2, 3, 4, 5, 7)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_locator(NullLocator())
+    halving(axes)
     if name == "quality":
         axes.set_ylim(-0.03, 1.03)
     else:
         axes.set_ylim(bottom=0)
-
-
-def _svg(figure: Figure, label: str) -> str:
-    buffer = io.StringIO()
-    # All of the metadata goes: the date would make each run differ, the rest names outside addresses.
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    text = buffer.getvalue()
-    head = f'<svg class="fewer-picture" role="img" aria-label="{escape(label)}" '
-    text = text[text.index("<svg ") :].replace("<svg ", head, 1).replace(INK, "currentColor")
-    # Groups are numbered from one in each picture, and two pictures on a page may not share an id.
-    return re.sub(r'<g id="[^"]*"', "<g", text).replace("<defs>", INK_STYLE + "<defs>", 1)

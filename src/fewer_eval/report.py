@@ -5,7 +5,6 @@ What was not measured is an en dash in a table and absent from a picture, never 
 
 import json
 import math
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -13,14 +12,19 @@ from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from rich.table import Table
 from rich.text import Text
 
-from fewer_eval.lines import ASKED, DASH, MB, Line, best_of, budget, lines_of, losers_of, quality_of, random_at
+from fewer_eval.heat import heat_picture, uneven
+from fewer_eval.lines import ASKED, DASH, Line, best_of, budget, lines_of, losers_of, quality_of, random_at
+from fewer_eval.page import megabytes, number, write_page
+from fewer_eval.page import write as write
 from fewer_eval.picture import kept_picture, picture
-from fewer_eval.schema import Question, Row, RunInfo
+from fewer_eval.schema import Lost, Question, Row, RunInfo
+from fewer_eval.tuned import heads_of
+from fewer_eval.tuned import tuned_table as tuned_table
+from fewer_eval.tuned import write_tuned as write_tuned
 
 
 @dataclass(frozen=True)
@@ -85,11 +89,13 @@ def write_html(path: str | Path, rows: Sequence[Row], info: RunInfo) -> None:
     best = {line for top in best_of(lines).values() for line in top}
     losers = set(losers_of(lines))
     asked = {(row.task, row.question) for row in rows if row.question != "none"}
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8"))
-    page = template.render(
+    maps = uneven(info.kept)
+    write_page(
+        path,
+        "report.html.j2",
         info=info,
-        dash=DASH,
+        run=info,
+        unhurt=[name for name, examples in info.worst.items() if not examples],
         summary=summary(rows),
         picture=Markup(picture(rows)),  # noqa: S704 - our own SVG, names escaped by matplotlib
         kept_picture=Markup(kept_picture(info.kept)) if info.kept else "",  # noqa: S704 - as above
@@ -99,13 +105,13 @@ def write_html(path: str | Path, rows: Sequence[Row], info: RunInfo) -> None:
         losers=losers,
         tasks={task: [kind for kind in ASKED if (task, kind) in asked] for task in sorted({task for task, _ in asked})},
         task_quality=_task_quality,
-        number=number,
-        megabytes=_megabytes,
         budget=budget,
+        heat=Markup(heat_picture(maps, "entries kept")) if maps else "",  # noqa: S704 - as above
+        flat=[name for name in info.kept if name not in maps],
+        maps={name: heads_of(layers) for name, layers in maps.items()},
         depth=max(map(len, info.kept.values()), default=0),
         error=_standard_error(lines),
     )
-    write(path, page)
 
 
 def write_jsonl(path: str | Path, rows: Sequence[Row], info: RunInfo) -> None:
@@ -114,12 +120,12 @@ def write_jsonl(path: str | Path, rows: Sequence[Row], info: RunInfo) -> None:
     records = [{"kind": "run", "rows": len(rows), **info.to_dict()}]
     records += [{"kind": "row", **row.to_dict()} for row in rows]
     text = ""
-    for number, record in enumerate(records, start=1):
+    for at, record in enumerate(records, start=1):
         try:
             # JSON knows no NaN: a file that only Python could read would be no record.
             text += json.dumps(record, allow_nan=False) + "\n"
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: cannot write {record} ({error})") from error
+            raise ValueError(f"{path}, line {at}: cannot write {record} ({error})") from error
     write(path, text)
 
 
@@ -139,7 +145,8 @@ def read_jsonl(path: str | Path) -> tuple[list[Row], RunInfo]:
                     rows.append(Row(**record))
                 else:
                     expected = record.pop("rows")
-                    info = RunInfo(**{**record, "notes": tuple(record["notes"])})
+                    worst = {name: [Lost(**one) for one in some] for name, some in record.pop("worst", {}).items()}
+                    info = RunInfo(**{**record, "notes": tuple(record["notes"]), "worst": worst})
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise ValueError(f"{path}, line {number}: not a line of an evaluation file ({error})") from error
     if info is None or len(rows) != expected:
@@ -161,14 +168,6 @@ def _standard_error(lines: Sequence[Line]) -> float | None:
     return max(bounds, default=None)
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    return DASH if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
-
-
-def _megabytes(value: float | None) -> str:
-    return DASH if value is None else number(value / MB, 1 if value >= MB else 4)
-
-
 def _join(lines: Iterable[Line], scores: bool = False) -> str:
     return ", ".join(f"{line.method} {quality_of(line):.3f}" if scores else line.method for line in lines)
 
@@ -177,7 +176,7 @@ _COLUMNS = (
     _Column("keep got", lambda line: number(line.mean("keep_got"))),
     _Column(
         "cache MB (kept / full)",
-        lambda line: f"{_megabytes(line.mean('bytes_kept'))} / {_megabytes(line.mean('bytes_full'))}",
+        lambda line: f"{megabytes(line.mean('bytes_kept'))} / {megabytes(line.mean('bytes_full'))}",
     ),
     _Column("quality, question unseen", lambda line: number(line.mean("quality", "unseen")), bar=True),
     _Column("quality, question seen", lambda line: number(line.mean("quality", "seen")), bar=True),
@@ -193,15 +192,3 @@ _COLUMNS = (
 def _task_quality(line: Line, task: str, question: Question) -> str:
     found = [row.quality for row in line.rows if (row.task, row.question) == (task, question)]
     return number(fmean(found)) if found else DASH
-
-
-def write(path: str | Path, text: str) -> None:
-    """Write beside the target, then move: a reader finds the old file or the new one, never a half."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_text(text, encoding="utf-8", newline="\n")
-        draft.replace(target)
-    finally:
-        draft.unlink(missing_ok=True)

@@ -54,11 +54,30 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Lost:
+    """One example on which a method lost quality against the full model, with both answers; long texts are cut.
+
+    `asked` says whether the compressor saw the question, `expected` is a right answer, `quality` what the compressed
+    model's answer scored, `lost` how much more the full model's did.
+    """
+
+    task: str
+    asked: Question
+    question: str
+    expected: str
+    full: str
+    said: str
+    quality: float
+    lost: float
+
+
+@dataclass(frozen=True)
 class RunInfo:
     """The circumstances that every number of a run depends on.
 
     `kept` maps "method @ keep" to kept entries per layer and key-value head, from the first sample; `notes` are the
-    remarks the compressors made (a prompt kept whole, layers left alone).
+    remarks the compressors made (a prompt kept whole, layers left alone). `worst` maps "method @ keep" to the examples
+    on which it lost most, the worst first, and to none where it lost nothing; files written before it was kept lack it.
     """
 
     model: str
@@ -71,6 +90,7 @@ class RunInfo:
     versions: Mapping[str, str]
     kept: Mapping[str, list[list[int]]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    worst: Mapping[str, list[Lost]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -246,7 +246,7 @@ def test_no_id_is_used_twice(tmp_path: Path) -> None:
 
 def test_tables_have_a_caption_and_scoped_headers(tmp_path: Path) -> None:
     page = render(tmp_path, make_rows(), make_info())
-    assert page.tags.count("table") == page.tags.count("caption") == 4
+    assert page.tags.count("table") == page.tags.count("caption") == 5
     assert page.tags.count("th") == sum(name == "scope" for name, _ in page.attributes)
 
 

@@ -1,7 +1,5 @@
 """The server's page in a headless Chromium, by keys alone. Skipped where there is no Chromium or no playwright."""
 
-import os
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,20 +9,6 @@ from tests.front.served import serving
 
 WORDS = "one two three four five six seven eight nine ten"
 TEXT = f"Ünïcode 👩‍👩‍👧 first.\n{WORDS}\n<b>last</b> & done"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
-    if path is None:
-        pytest.skip("there is no Chromium: install one, such as Debian's package chromium, or name it in CHROMIUM")
-    with sync_api.sync_playwright() as play:
-        args = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
-        started = play.chromium.launch(executable_path=path, args=args)
-        yield started
-        started.close()
 
 
 class Visit:
