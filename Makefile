@@ -8,7 +8,7 @@ PEER := .venv-kvpress
 LLMLINGUA := .venv-llmlingua
 FITS := out/kvzap.fit out/razorattention.fit out/compresskv.fit
 
-.PHONY: demo test test-oldest test-timm test-frameworks check bench bench-vit bench-vlm bench-serve bench-prompt evidence evidence-vit evidence-vlm evidence-prompt reference-vlm docs clean
+.PHONY: demo test test-oldest test-timm test-frameworks test-ray check bench bench-vit bench-vlm bench-serve bench-prompt evidence evidence-vit evidence-vlm evidence-prompt reference-vlm docs clean
 
 demo: $(VENV)/.installed  ## compare every method on the default model: table, out/report.html, out/results.jsonl
 	scripts/demo
@@ -27,6 +27,9 @@ test-timm:  ## the tests on timm's encoders, where their environment can be had
 
 test-frameworks:  ## the adapters of LangChain, LlamaIndex and Haystack, where their environment can be had
 	scripts/test-frameworks
+
+test-ray:  ## bulk prompts on a Ray cluster of two nodes, where its environment can be had
+	scripts/test-ray
 
 bench: $(VENV)/.installed $(PEER)/.installed  ## speed and bytes beside kvpress and transformers' quantised cache
 	$(BIN)/python benchmarks/kv.py --peer $(PEER)/bin/python --repeats 4
@@ -91,4 +94,4 @@ $(LLMLINGUA)/.installed: constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(TIMM) .venv-frameworks $(PEER) $(LLMLINGUA) out dist
+	rm -rf $(VENV) $(OLDEST) $(TIMM) .venv-frameworks .venv-ray $(PEER) $(LLMLINGUA) out dist

@@ -3,7 +3,7 @@
 import typer
 from rich.console import Console
 
-from fewer.cli import caches, fitting, methods, pictures, prompts, serve
+from fewer.cli import caches, doctor, fitting, methods, pictures, prompts, serve, tune
 from fewer.cli.caches import fitted as _fitted
 from fewer.cli.common import err, out
 from fewer.cli.fitting import needles as _needles
@@ -22,6 +22,8 @@ app.command("fit")(fitting.fit_method)
 app.command()(prompts.prompt)
 app.command()(prompts.restore)
 app.command()(serve.serve)
+app.command()(doctor.doctor)
+app.command()(tune.tune)
 
 
 def main() -> None:

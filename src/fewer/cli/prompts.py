@@ -9,8 +9,10 @@ import regex
 import typer
 
 from fewer import fit as fits
+from fewer.cli.bulk import engine_of, shorten_file
 from fewer.cli.common import Json, err, print_json, read_text
 from fewer.methods import resolve_prompt
+from fewer.prompts.bulk import Shortener
 from fewer.prompts.compression import restore as restored
 from fewer.prompts.front import compress_prompt
 from fewer.prompts.html import html_of
@@ -23,7 +25,9 @@ Separator = Annotated[
 
 
 def prompt(
-    files: Annotated[list[Path], typer.Argument(help="A text file, or several, each a document; '-' is stdin.")],
+    files: Annotated[
+        list[Path] | None, typer.Argument(help="A text file, or several, each a document; '-' is stdin. Or --in.")
+    ] = None,
     method: Annotated[str, typer.Option(help="A name that `fewer methods --family prompt` lists.")] = "llmlingua2",
     keep: Annotated[str | None, typer.Option(help="The share of tokens that may stay, in (0, 1].")] = None,
     tokens: Annotated[int | None, typer.Option(help="How many tokens may stay.")] = None,
@@ -39,9 +43,41 @@ def prompt(
     fit: Annotated[Path | None, typer.Option(help="A file that `fewer fit` made for the method.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page that shows what stayed.")] = None,
     patch: Annotated[Path | None, typer.Option(help="Write what `fewer restore` needs.")] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option("--in", help="Instead of FILES: JSONL, a prompt a line: text or documents, question if any."),
+    ] = None,
+    target: Annotated[
+        Path | None, typer.Option("--out", help="With --in: JSONL, the same lines shortened. Goes on if interrupted.")
+    ] = None,
+    patches: Annotated[bool, typer.Option("--patches", help="With --in: each line has what restoring needs.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="With --in: replace --out if it is there.")] = False,
+    engine: Annotated[str, typer.Option(help="With --in: who shortens, local or ray (a cluster).")] = "local",
     as_json: Json = False,
 ) -> None:
-    """Shorten a text to a budget; the text goes to stdout as it is, the report to stderr."""
+    """Shorten a text to a budget; the text goes to stdout as it is, the report to stderr.
+
+    With --in and --out: every line of a JSONL file. One that cannot be shortened says why in its field error, and the
+    exit code is 1 if there are any. What was interrupted goes on when the same command is given again.
+    """
+    if source is not None or target is not None:
+        if source is None or target is None:
+            raise FewerError("--in and --out go together: where prompts come from, and where they go")
+        wrong = {"FILES": files, "--documents": separator, "--html": html, "--patch": patch}
+        if given := [name for name, value in wrong.items() if value]:
+            raise FewerError(f"{given[0]} is for single texts, and --in for many: give one of them")
+        shortener = Shortener(
+            method if fit is None else _method(method, fit), keep=keep, tokens=tokens, question=question,
+            instruction=instruction, protect=tuple(protect or ()), protect_regex=tuple(protect_regex or ()),
+            protect_class=tuple(protect_class or ()), tokenizer=tokenizer, patches=patches,
+        )  # fmt: skip
+        shorten_file(source, target, shortener, engine_of(engine), overwrite, as_json)
+        return
+    if not files:
+        raise FewerError("give a FILE ('-' is standard input), or --in and --out for many prompts")
+    bulk = {"--patches": patches, "--overwrite": overwrite, "--engine": engine != "local"}
+    if given := [name for name, value in bulk.items() if value]:
+        raise FewerError(f"{given[0]} goes with --in and --out")
     if sum(str(file) == "-" for file in files) > 1:
         raise FewerError("standard input can be read once only: give '-' once")
     texts = [_read(file, "FILE") for file in files]
