@@ -8,7 +8,7 @@ PEER := .venv-kvpress
 LLMLINGUA := .venv-llmlingua
 FITS := out/kvzap.fit out/razorattention.fit out/compresskv.fit
 
-.PHONY: demo test test-oldest test-timm test-frameworks test-ray check bench bench-vit bench-vlm bench-serve bench-prompt evidence evidence-vit evidence-vlm evidence-prompt reference-vlm docs clean
+.PHONY: demo test test-oldest test-timm test-frameworks test-ray check bench bench-vit bench-vlm bench-serve bench-prompt evidence evidence-vit evidence-vlm evidence-prompt evidence-tune reference-vlm docs clean
 
 demo: $(VENV)/.installed  ## compare every method on the default model: table, out/report.html, out/results.jsonl
 	scripts/demo
@@ -62,6 +62,9 @@ evidence-vlm: $(VENV)/.installed  ## every method for visual tokens on the refer
 
 reference-vlm: $(VENV)/.installed  ## train that model anew: an hour on two cores
 	$(BIN)/python scripts/train_reference_vlm.py
+
+evidence-tune: $(VENV)/.installed  ## the plans that fewer tune finds, beside fixed methods: results/tune.json (goes on where it stopped)
+	$(BIN)/python scripts/tune_evidence.py
 
 evidence-prompt: $(VENV)/.installed  ## every prompt method on questions about documents: results/prompt.json (goes on where it stopped)
 	$(BIN)/python scripts/prompt_evidence.py

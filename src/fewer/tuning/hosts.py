@@ -196,7 +196,7 @@ class Pictures:
             raise FewerError(
                 f"example {example.line} has no image, and {type(self.model).__name__} is asked about them"
             )
-        images = [self.see(_open(name)) for name in example.images]
+        images = [self.see(self.picture(name)) for name in example.images]
         answers = []
         for setting in settings:
             question = example.question
@@ -209,6 +209,10 @@ class Pictures:
             except BudgetError as why:
                 answers.append(Answer("", refused=str(why)))
         return answers
+
+    def picture(self, name: str) -> Any:
+        """A picture by the name that an example has for it."""
+        return _open(name)
 
     def _one(self, setting: Setting, inputs: Any) -> Answer:
         begun = inputs["input_ids"].shape[1]

@@ -93,7 +93,7 @@ def race(
 ) -> tuple[list[Measured], list[str]]:
     """The candidates that are left after all rounds, measured on all the examples; and what went out unasked for."""
     n, left, notes = len(examples), list(settings), []
-    for turn, many in enumerate((min(n, max(8, n // 6)), min(n, max(24, n // 2)), n)):
+    for turn, many in enumerate((min(n, max(8, n // 10)), min(n, max(24, n // 2)), n)):
         some = examples[:many]
         bench.ask(f"search, round {turn + 1} of 3, {len(left)} settings", some, left)
         for setting in list(left):
