@@ -95,7 +95,7 @@ def levelled(method: Method, keep: Keep | Sequence[Any]) -> tuple[Method, Budget
     return Levels.of(method, keep) if isinstance(keep, (list, tuple)) else (method, Budget.parse(keep))  # type: ignore[arg-type]
 
 
-def _row(level: Level) -> list[Budget]:
+def _row(level: Any) -> list[Budget]:
     return [Budget.parse(one) for one in (level if isinstance(level, tuple) else (level,))]
 
 

@@ -9,7 +9,7 @@ chosen -> its loss                                                 on the part t
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from fewer import fit as fits
 from fewer.adapters import vlm_layout
 from fewer.tuning import risk
 from fewer.tuning.candidates import candidates, joined
+from fewer.tuning.clock import clock
 from fewer.tuning.examples import Example, gather, parts
-from fewer.tuning.hosts import Answer, Host, Pictures, Texts
+from fewer.tuning.hosts import Host, Pictures, Texts
 from fewer.tuning.journal import Journal
 from fewer.tuning.losses import Loss, resolve_loss
 from fewer.tuning.planfile import versions
@@ -119,7 +120,10 @@ def tune(
     }  # fmt: skip
     bench = Bench(made, counted, Journal(None if record is None else Path(record), about), aim, tick=tick)
     if aim == "latency":
-        bench.seconds = _clock(made, examples, tick)
+        kept = None if record is None else Path(record).with_name("latency.json")
+        bench.seconds = clock(
+            made, examples, kept, lambda what, share: tick("timing this machine", int(100 * share), 100)
+        )
 
     found, notes = race(bench, tried, choosing, loss)
     found = _joined(bench, found, choosing, loss)
@@ -131,18 +135,18 @@ def tune(
     sequence, passed = promise(bench, rungs, calibrating, loss, confidence)
     chosen = sequence[passed - 1].setting if passed else None
     held: Measured | None = None
-    kept: tuple[tuple[float, ...], ...] = ()
+    budgets: tuple[tuple[float, ...], ...] = ()
     worst: tuple[Worst, ...] = ()
     shown = sequence[max(0, passed - 1)].setting if sequence else None
     if chosen is not None:
         bench.ask("held-out examples", held_out, [chosen])
-        held, kept = bench.measured(chosen, held_out), _shares(bench, chosen, choosing)
+        held, budgets = bench.measured(chosen, held_out), _shares(bench, chosen, choosing)
     if shown is not None:
         worst = _worst(bench, shown, [*choosing, *calibrating, *held_out])
     return Tuned(
         model=name or type(model).__name__, aim=aim, loss=loss, confidence=confidence, measure=named, chosen=chosen,
         why="" if chosen is not None else _why(found, full, sequence, tried, aim), fingerprint=fingerprint,
-        unseen=unseen, full=full, searched=tuple(found), sequence=tuple(sequence), held=held, budgets=kept,
+        unseen=unseen, full=full, searched=tuple(found), sequence=tuple(sequence), held=held, budgets=budgets,
         history=history, worst=worst, notes=tuple(notes), seed=seed, date=date.today().isoformat(),
         parts={"search": len(choosing), "calibration": len(calibrating), "held out": len(held_out)},
         seconds=time.perf_counter() - start, versions=versions(),
@@ -220,16 +224,6 @@ def _worst(bench: Bench, setting: Setting, examples: Sequence[Example]) -> tuple
         for one in lost
         if bench.lost(one, setting) > 0
     )  # fmt: skip
-
-
-def _clock(host: Any, examples: Sequence[Example], tick: Tick) -> Callable[[Answer, Answer], float]:
-    """Seconds until an answer as long as the full model's is there, by a table measured now."""
-    from fewer.latency import Staircase
-
-    longest = max(len(host.asker.prompt(one.context, one.question)[0][0]) for one in examples)
-    lengths = sorted({max(16, longest * i // 6) for i in range(1, 7)} | {longest + host.most + 32})
-    table = Staircase.measure(host.model, lengths)
-    return lambda full, said: table.prefill(said.tokens) + said.choosing + full.new * table.decode(said.held)
 
 
 def _digest(examples: Sequence[Example]) -> str:

@@ -38,7 +38,7 @@ class Bench:
     loss: Loss
     journal: Journal
     aim: str
-    seconds: Callable[[Answer, Answer], float | None] = lambda full, said: None
+    seconds: Callable[[Setting, Answer, Answer], float | None] = lambda setting, full, said: None
     tick: Tick = lambda what, done, of: None
 
     def ask(self, what: str, examples: Sequence[Example], settings: Sequence[Setting]) -> None:
@@ -72,7 +72,7 @@ class Bench:
         tasks: dict[str, list[float]] = defaultdict(list)
         for example, loss in zip(examples, losses, strict=True):
             tasks[example.task].append(loss)
-        took = [self.seconds(self.answer(one, Setting()), self.answer(one, setting)) for one in examples]
+        took = [self.seconds(setting, self.answer(one, Setting()), self.answer(one, setting)) for one in examples]
         return Measured(
             setting,
             len(losses),
