@@ -1,7 +1,8 @@
 """Decoding steps that read part of a cache which holds everything: the keys that an earlier layer chose.
 
 A method asks for it by `reads(layer)`: "all", "choose" (all, and the `top_k` columns with the highest logits are the
-choice of each query head) or "chosen". Forwards of several tokens read everything.
+choice of each query head) or "chosen". Forwards of several tokens read everything. Visual tokens that a cache keeps and
+does not read are the matter of `vlm_read`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fewer.adapters import vlm_read
 from fewer.types import UnsupportedModel
 
 if TYPE_CHECKING:
@@ -29,7 +31,9 @@ def read(
     shared = layer.shared
     method: Any = shared.policy.method
     (b, heads, q, d), (h, n) = query.shape, key.shape[1:3]
-    if getattr(method, "reads", None) is None or q > 1 or layer.length == 0:
+    if getattr(method, "reads", None) is None:
+        return vlm_read.read(layer, query, key, value, mask, scaling, softcap)
+    if q > 1 or layer.length == 0:
         return None
     if layer.parts:
         raise UnsupportedModel(

@@ -115,8 +115,9 @@ class Books:
             visual = torch.zeros_like(real[row])
             for one in pictures:
                 visual[one.columns] = visual[one.separators] = True
-            self.visual[row] = torch.cat([self.visual[row], visual[real[row]]])
-            self.final[row] = torch.cat([self.final[row], real[row][real[row]]])
+            there = slice(before[row])  # what was cropped since is no more
+            self.visual[row] = torch.cat([self.visual[row][there], visual[real[row]]])
+            self.final[row] = torch.cat([self.final[row][there], real[row][real[row]]])
             had = [len(one.columns) for one in pictures]
             count = stages.budget.count
             self.wanted[row] += sum(map(count, had)) if stages.per == "picture" else count(sum(had))

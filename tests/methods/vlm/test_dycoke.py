@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from fewer.methods.vlm.dycoke import DyCoke
+from fewer.signals.aside import Dynamic
 from fewer.types import FewerError
 from tests.methods.vlm.build import place
 from tests.methods.vlm.waves import decide, kept, through, video, waves
@@ -96,6 +97,21 @@ def test_refusals() -> None:
         kept(DyCoke(), place(9, grid=(3, 3)), 4)
     with pytest.raises(FewerError, match="group=6"):
         DyCoke(group=6)
+    with pytest.raises(FewerError, match="layer=0"):
+        DyCoke(layer=0)
+    for share in (0.0, 1.5):
+        with pytest.raises(FewerError, match=f"read={share}"):
+            DyCoke(read=share)
+    for cosine in (1.1, -0.1):
+        with pytest.raises(FewerError, match=f"alike={cosine}"):
+            DyCoke(alike=cosine)
+
+
+def test_what_deeper_layers_read_is_asked_for() -> None:
+    """As the authors' settings dycoke_l=3, dycoke_p=0.7; how it is carried out is tested with the adapters."""
+    assert DyCoke().dynamic == Dynamic(layer=3, read=0.3, alike=0.9)
+    assert DyCoke(official=True).dynamic == Dynamic(3, 0.3, 0.9, official=True)
+    assert DyCoke(read=1.0).dynamic is None
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_onevision"])

@@ -8,10 +8,23 @@ Here k follows from the budget, and is the same for all compared frames up to on
 than was asked for, groups double until it fits, and go on in the same way (frame 5 with frame 1, ..); a note says so.
 Less than one frame is evenly spaced tokens of the first.
 
-Differs from the paper: this is its first stage alone, which it calls merging. The second one, which at every decoding
-step picks the entries of the cache that deeper layers read, is missing. In the authors' code tokens of a frame come out
-in the order of likeness; here they keep the order of the frame. `official=True` follows two more facts of that code:
-frame 3 of the last group stays whole, and the last frame of an odd number leaves. Pictures are an error.
+While decoding, deeper layers read some of the visual entries that are left, and which ones may change at every step:
+
+    layers 0 .. 2     read everything
+    after layer 2     a_t: the newest token's attention there to each visual entry, mean over heads
+                      cos(a_t, a_t-1) < 0.9, or the first step: the share `read` of them with the largest a_t is chosen
+                      else: the choice of the step before stays
+    layers 3 ..       read text and the chosen entries
+
+Nothing leaves the cache, so an entry that was set aside can come back: reads are saved (`Report.read`), bytes are not.
+All visual entries of a row are chosen from together; the step after a turn chooses anew. keep=1.0 switches this off
+too, and `read=1.0` does it alone.
+
+Differs from the paper: layers are counted among those with an unbounded cache; several tokens at once read everything.
+In the authors' code tokens of a frame come out in the order of likeness; here they keep the order of the frame; and the
+share is rounded up here, down there. `official=True` follows three more facts of that code: frame 3 of the last group
+stays whole; the last frame of an odd number leaves; and in a step whose attention is like the one before, deeper layers
+read everything, where here the last choice stays. Pictures are an error.
 """
 
 from dataclasses import dataclass, replace
@@ -25,6 +38,7 @@ from fewer.allocate.uniform import uniform
 from fewer.errors import FewerError
 from fewer.reduce.within import evenly, top_within
 from fewer.score.frames import elsewhen, number
+from fewer.signals.aside import Dynamic
 from fewer.signals.visual import Layout, Places
 from fewer.types import Allocation, Budget, Card, Plan, Tokens
 
@@ -37,17 +51,24 @@ class DyCoke:
 
     Args:
         group: how many frames have one that stays whole, a power of two.
-        official: treat the last frames as the authors' code does.
+        official: treat the last frames, and steps that are alike, as the authors' code does.
+        layer: while decoding, the first layer that leaves visual entries unread; the one before it chooses.
+        read: the share of the visual entries that these layers read (1 - p of the paper); 1.0 is all, always.
+        alike: choose anew below this cosine between the attention of two steps.
     """
 
     group: int = 4
     official: bool = False
+    layer: int = 3
+    read: float = 0.3
+    alike: float = 0.9
 
     card: ClassVar[Card] = Card(
         source="arXiv 2411.15024",
         faithfulness="official",
         mechanism="prune",
-        differs="the first stage alone; the last group as the others unless official=True; tokens in order",
+        differs="the last group as the others, and a choice stays while steps are alike, unless official=True; tokens "
+        "in order",
     )
     needs: ClassVar[frozenset[Any]] = frozenset({Places()})
     videos: ClassVar[bool] = True
@@ -55,6 +76,17 @@ class DyCoke:
     def __post_init__(self) -> None:
         if self.group < 2 or self.group & (self.group - 1):
             raise FewerError(f"DyCoke(group={self.group!r}): a power of two, 4 in the paper")
+        if self.layer < 1:
+            raise FewerError(f"DyCoke(layer={self.layer!r}): a layer before it chooses, so 1 or more; published: 3")
+        if not 0 < self.read <= 1:
+            raise FewerError(f"DyCoke(read={self.read!r}): a share of the visual entries, above 0 and up to 1.0")
+        if not 0 <= self.alike <= 1:
+            raise FewerError(f"DyCoke(alike={self.alike!r}): a cosine from 0 to 1; published: 0.9")
+
+    @property
+    def dynamic(self) -> Dynamic | None:
+        """What happens while decoding, None for nothing."""
+        return None if self.read == 1 else Dynamic(self.layer, self.read, self.alike, self.official)
 
     def score(self, tokens: Tokens) -> Tensor:
         layout, x = tokens.signal(Places, Layout), tokens.features[0].float()
