@@ -2,7 +2,7 @@
 
     python scripts/tune_evidence.py [--part texts|pictures]
 
-Each part draws 300 examples, tunes on them at loss 0.02 and confidence 0.95, and then asks 100 that the search has
+Each part draws 210 examples, tunes on them at loss 0.02 and confidence 0.95, and then asks 60 that the search has
 never had, once under the plan and once under each fixed method with exactly the plan's bytes for that prompt. Answers
 are kept under out/tune-evidence as they come; the same command goes on from them. What is found goes to
 results/tune.json.
@@ -38,11 +38,11 @@ from fewer_eval.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
 RESULTS, KEPT = ROOT / "results" / "tune.json", ROOT / "out" / "tune-evidence"
-N, FRESH, TOKENS = 300, 100, 500
+N, FRESH, TOKENS = 210, 60, 500
 LOSS, CONFIDENCE = 0.02, 0.95
 CACHES = ("kvzip", "keydiff", "lagkv", "adakv", "tova")
-METHODS = ("keydiff", *(f"{name}+kivi-4bit" for name in CACHES), "kivi-8bit", "kivi-4bit", "kivi-2bit", "llmlingua2")
-FIXED = tuple((name, store) for name in ("random", "snapkv", *CACHES) for store in (None, "kivi-4bit"))
+METHODS = ("keydiff", *(f"{name}+kivi-4bit" for name in CACHES), "kivi-8bit", "kivi-4bit", "kivi-2bit")
+FIXED = tuple((name, store) for name in ("random", *CACHES) for store in (None, "kivi-4bit"))
 VISUAL = ("divprune", "cdpruner", "vispruner", "visionzip", "visual-pooling", "fastv", "pyramiddrop", "divprune>fastv")
 SEEN = ("beside", "cell", "colour", "count", "word", "kind")
 

@@ -88,7 +88,12 @@ class Monitor:
         Where the promise is of wrong answers, which only examples can tell, changed ones are counted, and `note` says
         so. Many of those are still right, so the alarm may come although the promise holds.
         """
-        promise = plan.promise
+        promise = getattr(plan, "promise", None)
+        if promise is None:
+            raise FewerError(
+                f"Monitor.of({plan!r}): give a plan with a promise, such as TunedPlan.load('plan.toml'); without one, "
+                f"say what is promised: Monitor(loss=0.02)"
+            )
         given = {"loss": promise.loss, "confidence": promise.confidence, "measure": promise.measure, **settings}
         counted = given["measure"] == "wrong" and "measure" not in settings
         made = cls(**{**given, "measure": "changed"} if counted else given)
@@ -190,8 +195,8 @@ class Monitor:
             said = f"Nothing was checked yet; a mean loss of at most {self.loss:g} is promised."
         elif self.broken_at is None:
             said = (
-                f"The promise holds so far: the mean loss was {self.mean:.4f} in {self.checked:,} checked requests, "
-                f"and at most {self.loss:g} is promised."
+                f"Nothing proves the promise broken so far: the mean loss was {self.mean:.4f} in {self.checked:,} "
+                f"checked requests, and at most {self.loss:g} is promised."
             )
         else:
             said = (

@@ -6,16 +6,25 @@ from pathlib import Path
 
 import pytest
 
-from fewer.tuning.planfile import TunedPlan
+from fewer.fit import fingerprint
+from fewer.models import load
+from fewer.tuning.hosts import Texts
+from fewer.tuning.losses import LOSSES
+from fewer.tuning.planfile import Promise, TunedPlan, versions
 from fewer.tuning.setting import Held, Setting, Text
 from tests.front.test_cli import run
 from tests.front.tiny_files import save
-from tests.tuning.talking import examples
+from tests.tuning.talking import examples, half
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(autouse=True)
+def _half(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LOSSES, "half", half)
 
 
 @pytest.fixture
@@ -34,9 +43,8 @@ def write(path: Path, n: int, **changes: object) -> Path:
 
 
 def words(model: str, folder: Path, data: Path, *more: object) -> list[object]:
-    # numbers: a random model says few, so that not all is lost
     return [
-        "tune", "--model", model, "--data", data, "--loss", 0.6, "--confidence", 0.8, "--measure", "numbers",
+        "tune", "--model", model, "--data", data, "--loss", 0.7, "--confidence", 0.8, "--measure", "half",
         "--methods", "knorm", "--max-new-tokens", 4, "--plan", folder / "plan.toml", "--out", folder / "tuned", *more,
     ]  # fmt: skip
 
@@ -48,10 +56,12 @@ def test_three_commands(fewer, model: str, tmp_path: Path) -> None:
     page = (tmp_path / "tuned" / "report.html").read_text()
     assert "With confidence 0.8" in page and "fewer tune --model" in page
     plan = TunedPlan.load(tmp_path / "plan.toml")
-    assert plan.promise is not None and plan.promise.measure == "numbers" and plan.model == model
+    assert plan.promise is not None and plan.promise.measure == "half" and plan.model == model
     assert json.loads((tmp_path / "tuned" / "tuned.json").read_text())["chosen"] == plan.setting.to_dict()
 
-    code, out, err = fewer("generate", "abcdef" * 20, "--plan", tmp_path / "plan.toml", "--max-new-tokens", 3, "--json")
+    code, out, err = fewer(
+        "generate", "abcdef" * 20, "--question", "which?", "--plan", tmp_path / "plan.toml", "--json"
+    )
     assert code == 0 and json.loads(out)["report"]["kept"] < 1
 
     code, again, _ = fewer(*words(model, tmp_path, data, "--json"))  # all is known by now
@@ -73,9 +83,11 @@ def test_no_setting_is_an_answer_too(fewer, model: str, tmp_path: Path) -> None:
         (["--confidence", 0], "tune(confidence=0.0)"),
         (["--loss", 0.02, "--confidence", 0.95], "40 examples are too few"),
         (["--methods", "knrm"], "did you mean knorm"),
-        (["--measure", "sound"], "known are changed, wrong, numbers"),
+        (["--measure", "sound"], "known are changed, wrong, numbers, half"),
         (["--data", "none.jsonl"], "none.jsonl cannot be read"),
         (["--fit", "none.fit"], "none.fit: the fit cannot be read"),
+        (["--plan", "/dev/null/plan.toml"], "/dev/null/plan.toml cannot be written: /dev/null is in the way"),
+        (["--out", "/dev/null"], "/dev/null/report.html cannot be written"),
     ],
 )
 def test_what_is_wrong_is_one_line(fewer, model: str, tmp_path: Path, more: list[object], said: str) -> None:
@@ -107,11 +119,30 @@ def test_a_plan_in_generate(fewer, model: str, tmp_path: Path) -> None:
     assert code == 2 and "give --question too" in err.replace("\n", "")
     asked = ["generate", "abc def ghi jkl", "--plan", text, "--model", model, "--question", "which?", "--json"]
     code, out, _ = fewer(*asked, "--max-new-tokens", 2)
-    seen = json.loads(out)["report"]["layers"][0]["seen"][0]
-    assert code == 0 and seen < len("abc def ghi jkl\n\nwhich?") + 2
+    report = json.loads(out)["report"]
+    assert code == 0 and report["kept"] < 1 and report["layers"][0]["seen"][0] < len("abc def ghi jkl\n\nwhich?\n")
     short = plan(tmp_path / "short.toml", Setting(text=Text("truncation", 0.5)))
     code, out, _ = fewer(*asked[:3], short, *asked[4:], "--max-new-tokens", 2)
-    assert code == 0 and json.loads(out)["report"] is None
+    assert code == 0 and json.loads(out)["report"]["kept"] == 1
+
+
+def test_a_plan_is_used_as_it_was_measured(fewer, model: str, tmp_path: Path) -> None:
+    """The same tokens in the same order, greedily, whatever the model's own settings for generation say."""
+    loaded, tokenizer = load(model)
+    for unseen in (False, True):
+        host = Texts(loaded, tokenizer, most=7, unseen=unseen)
+        setting = Setting(held=Held("tova", 0.2))
+        promise = Promise(0.1, 0.9, "changed", 50, 0.0, 0.01, 5, 0.0, unseen, 7, 1.0)
+        TunedPlan(setting, model, fingerprint(loaded), promise, versions()).save(tmp_path / "plan.toml")
+        config = Path(model) / "generation_config.json"
+        said = json.loads(config.read_text())
+        config.write_text(json.dumps({**said, "repetition_penalty": 1.9}))
+        for one in examples(2, length=200):
+            (answer,) = host.ask(one, [setting])
+            asked = ["generate", one.context, "--plan", tmp_path / "plan.toml", "--question", one.question, "--json"]
+            code, out, _ = fewer(*asked)
+            assert code == 0 and json.loads(out)["text"] == answer.text
+        config.write_text(json.dumps(said))
 
 
 def test_a_plan_in_serve(fewer, tmp_path: Path) -> None:

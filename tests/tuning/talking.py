@@ -30,6 +30,11 @@ def examples(n: int, length: int = 120) -> list[Example]:
     return made
 
 
+def half(full: str, said: str, example: Example) -> float:
+    """Another answer is half lost, none at all is lost: a random model's answers change with the least touch."""
+    return 0.5 * (full != said) if said else 1.0
+
+
 class Told:
     """A host whose settings lose with a chance that their keep says, and hold as much of 1000 bytes.
 
@@ -40,6 +45,9 @@ class Told:
 
     def __init__(self, risks: dict[float, float], seed: int = 0) -> None:
         self.risks, self.seed, self.asked = risks, seed, 0
+
+    def check(self, examples: Sequence[Example]) -> None:
+        pass
 
     def ask(self, example: Example, settings: Sequence[Setting]) -> list[Answer]:
         out = []

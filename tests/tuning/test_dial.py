@@ -18,13 +18,7 @@ from fewer.tuning.planfile import TunedPlan
 from fewer.tuning.result import Tuned
 from fewer.tuning.setting import Setting
 from fewer.types import FewerError, UnknownName
-from tests.tuning.talking import examples, talker
-
-
-def half(full: str, said: str, example: Example) -> float:
-    """Another answer is half lost: a random model's answers change with the least touch."""
-    return 0.5 * (full != said)
-
+from tests.tuning.talking import examples, half, talker
 
 ASKED: dict[str, Any] = {
     "loss": 0.7, "confidence": 0.8, "measure": half, "methods": ["knorm", "truncation"], "max_new_tokens": 4,
@@ -113,14 +107,38 @@ def test_a_record_of_something_else_is_refused(host: Texts, tmp_path: Path) -> N
     record = tmp_path / "answers.jsonl"
     tune(host.model, examples(40), host=host, record=record, levels=False, **ASKED)
     before = record.read_bytes()
-    with pytest.raises(FewerError, match=r"record of another run \(data differ\)"):
-        tune(host.model, examples(41), host=host, record=record, **ASKED)
-    with pytest.raises(FewerError, match=r"another run \(max_new_tokens, measure differ\)"):
-        tune(host.model, examples(40), host=host, record=record, **{**ASKED, "measure": "numbers", "max_new_tokens": 5})
+    with pytest.raises(FewerError, match=r"another run \(max_new_tokens, seed differ\)"):
+        tune(host.model, examples(40), host=host, record=record, **{**ASKED, "seed": 1, "max_new_tokens": 5})
     assert record.read_bytes() == before
     record.write_text("once upon a time\n")
     with pytest.raises(FewerError, match="no record of `fewer tune`"):
         tune(host.model, examples(40), host=host, record=record, **ASKED)
+    with pytest.raises(FewerError, match=r"cannot be (read|written)"):
+        tune(host.model, examples(40), host=host, record=record / "below.jsonl", **ASKED)
+
+
+def test_a_record_whose_first_line_was_cut_begins_anew(host: Texts, tmp_path: Path) -> None:
+    asked = {**ASKED, "levels": False}
+    for content in (b"", b'{"kind": "tune", "mod'):
+        record = tmp_path / f"{len(content)}.jsonl"
+        record.write_bytes(content)
+        tune(host.model, examples(40), host=host, record=record, **asked)
+        assert json.loads(record.read_text().split("\n")[0])["kind"] == "tune"
+
+
+def test_a_second_test_on_the_same_examples_says_so(host: Texts, tmp_path: Path) -> None:
+    record, asked = tmp_path / "answers.jsonl", {**ASKED, "levels": False}
+    one = tune(host.model, examples(40), host=host, record=record, **asked)
+    same = tune(host.model, examples(40), host=host, record=record, **asked)
+    other = tune(host.model, examples(40), host=host, record=record, **{**asked, "loss": 0.75})
+    assert not any("test number" in note for note in (*one.notes, *same.notes))
+    assert any("test number 2 on this record's calibration examples" in note for note in other.notes)
+
+
+def test_where_there_is_nothing_to_lose_nothing_is_promised(host: Texts) -> None:
+    never = [replace(one, answers=("never said",)) for one in examples(40)]
+    none = tune(host.model, never, host=host, **{**ASKED, "measure": "wrong", "levels": False})
+    assert none.chosen is None and none.stake == 0 and "nothing at all would lose 0.0000 (wrong)" in none.why
 
 
 def test_a_full_disk_keeps_what_is_there(host: Texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,12 +192,14 @@ def test_for_latency_seconds_are_counted(host: Texts) -> None:
         ({"confidence": 1.0}, r"tune\(confidence=1\.0\)"),
         ({"measure": "sound"}, "known are changed, wrong, numbers"),
         ({"aim": "money"}, "memory, latency, tokens"),
+        ({"methods": "knorm"}, "give a list of names"),
+        ({"host": None}, "give the model's tokenizer"),
         ({"loss": 0.02, "confidence": 0.95}, "40 examples are too few"),
     ],
 )
 def test_what_cannot_be_asked(host: Texts, asked: dict[str, Any], said: str) -> None:
     with pytest.raises((FewerError, UnknownName), match=said):
-        tune(host.model, examples(40), host=host, **{**ASKED, **asked})
+        tune(host.model, examples(40), **{"host": host, **ASKED, **asked})
 
 
 def test_examples_without_answers_are_named(host: Texts) -> None:
@@ -189,6 +209,15 @@ def test_examples_without_answers_are_named(host: Texts) -> None:
     tune(
         host.model, bare, host=host, **{**ASKED, "measure": "changed", "methods": ["knorm"], "levels": False}
     )  # changed needs none
+
+
+def test_examples_that_cannot_be_asked_are_named_first(host: Texts) -> None:
+    many = examples(40)
+    for changed, said in (({"images": ("cat.png",)}, "has an image"), ({"question": " "}, "has an empty question")):
+        counting = Counting(host.model, host.tokenizer, most=4)
+        with pytest.raises(FewerError, match=f"example 7 {said}"):
+            tune(host.model, [*many[:6], replace(many[6], **changed), *many[7:]], host=counting, **ASKED)  # type: ignore[arg-type]
+        assert counting.asked == 0
 
 
 def test_a_loss_of_your_own(host: Texts) -> None:

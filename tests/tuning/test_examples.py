@@ -1,13 +1,14 @@
 """A user's own file: what is read, what is refused, and its parts."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fewer.tuning import risk
-from fewer.tuning.examples import Example, gather, parts, read
+from fewer.tuning.examples import Example, by_context, gather, parts, read
 from fewer.types import FewerError
 from tests.tuning.talking import examples
 
@@ -46,6 +47,9 @@ def test_what_is_read(tmp_path: Path) -> None:
         ({"context": "c", "question": "?", "answer": [1]}, "answer is a list, not a string or a list of strings"),
         ({"image": 3, "question": "?"}, "image is a number"),
         ({"context": "c", "question": "?", "task": 3}, "task is a number"),
+        ('{"context": "\\ud800", "question": "?"}', "context holds half a surrogate pair"),
+        ('{"context": ' + "[" * 100_000, "is not JSON"),
+        ('{"context": ' + "1" * 5000 + "}", "is not JSON that can be read"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: Any, said: str) -> None:
@@ -80,5 +84,14 @@ def test_the_fewest_that_will_do() -> None:
     assert (len(search), len(calibrate), len(check)) == (1, 149, 1)
     with pytest.raises(FewerError, match=r"150 examples are too few.*takes 149 to calibrate.*at least 151"):
         parts(examples(150), 149, 0)
-    with pytest.raises(FewerError, match=r"10 examples \(10 more stand there twice\) are too few"):
+    with pytest.raises(FewerError, match=r"20 examples with 10 different contexts are too few"):
         parts([*examples(10), *examples(10)], risk.needed(0.02, 0.05), 0)
+
+
+def test_a_context_is_in_one_part_with_all_its_questions() -> None:
+    many = [replace(one, question=f"{one.question} {i}") for one in examples(40) for i in range(5)]
+    cuts = parts(many, 20, seed=1)
+    contexts = [{one.context for one in cut} for cut in cuts]
+    assert sum(map(len, cuts)) == 200 and [len(cut) for cut in contexts] == [10, 26, 4]
+    assert not contexts[0] & contexts[1] and not contexts[1] & contexts[2]
+    assert [len(group) for group in by_context(cuts[0])] == [5] * 10

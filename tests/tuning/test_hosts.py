@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import fewer
+from fewer.fit import wants
+from fewer.methods import of_family
 from fewer.tuning.candidates import candidates, joined
 from fewer.tuning.examples import Example
 from fewer.tuning.hosts import Texts
@@ -47,6 +49,20 @@ def test_many_settings_at_once_are_each_by_itself(host: Texts) -> None:
         for setting, answer in zip(SETTINGS, host.ask(example, SETTINGS), strict=True):
             assert answer.text == by_itself(host, example, setting)[0], setting
             assert answer.bytes > 0 and answer.tokens > 0 and not answer.refused
+
+
+def test_every_method_for_caches_answers_as_it_does_by_itself(tmp_path: Path) -> None:
+    """Those too that read the prompt again, that look at the latest forward, or that go on while decoding."""
+    host = talker(tmp_path, most=80)
+    settings = []
+    for name, known in of_family("kv").items():
+        made = known()
+        if not wants(known) and "group" not in vars(made):  # groups do not divide heads of 16 features
+            settings.append(Setting(held=Held(name, 1.0 if getattr(made, "whole", False) else 0.6)))
+    assert len(settings) > 22
+    (example,) = examples(1, length=150)
+    for setting, answer in zip(settings, host.ask(example, settings), strict=True):
+        assert (answer.text, answer.refused) == (by_itself(host, example, setting)[0], ""), setting
 
 
 def test_what_an_answer_took(host: Texts) -> None:
@@ -129,3 +145,9 @@ def test_candidates_are_settings_that_can_be() -> None:
 def test_candidates_that_cannot_be(reads: str, aim: str, name: str, said: str) -> None:
     with pytest.raises((UnknownName, FewerError), match=said):
         candidates(reads, aim, [name])
+
+
+def test_what_a_model_cannot_do_is_refused_and_the_others_go_on(host: Texts) -> None:
+    packed = Setting(held=Held("knorm", 0.5, store="kivi-4bit"))  # its heads have 16 features
+    whole, refused, kept = host.ask(examples(1)[0], [Setting(), packed, SETTINGS[1]])
+    assert whole.text and kept.text and "groups of 32" in refused.refused

@@ -288,7 +288,9 @@ def test_what_it_says() -> None:
     assert str(monitor) == "Nothing was checked yet; a mean loss of at most 0.1 is promised."
     assert math.isnan(monitor.mean)
     monitor.add_loss(0)
-    assert str(monitor).startswith("The promise holds so far: the mean loss was 0.0000 in 1 checked requests")
+    assert str(monitor).startswith(
+        "Nothing proves the promise broken so far: the mean loss was 0.0000 in 1 checked requests"
+    )
 
 
 @pytest.mark.parametrize(

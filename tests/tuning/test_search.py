@@ -1,6 +1,7 @@
 """The race, the ladder and the promise, on a host that loses what it is told to; the numbers are worked by hand."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -60,7 +61,29 @@ def test_the_promise_stops_at_the_first_that_does_not_pass() -> None:
     assert passed == 2 and [one.p is not None for one in tested] == [True, True, False, False]
     assert tested[0].n == 200 and tested[0].p == pytest.approx(0.98**200)
     # 0.3 lost every time and was given up with those after it: not all of them were asked
-    assert host.asked < 5 * 200
+    assert host.asked < 5 * 200 and tested[2].n == tested[3].n < 10 and tested[2].loss == 1
+
+
+def test_a_setting_that_is_refused_in_calibration_ends_there_and_nothing_else() -> None:
+    class Late(Told):
+        def ask(self, example, settings):
+            said = super().ask(example, settings)
+            late = int(example.answers[0]) > 20
+            return [
+                Answer("", refused="too small") if late and one.held and one.held.keep == 0.3 else answer
+                for one, answer in zip(settings, said, strict=True)
+            ]
+
+    test = bench(Late({0.3: 0.01}))
+    tested, passed = promise(test, [row(0.5, 0.0), row(0.3, 0.0)], examples(200), 0.02, 0.95)
+    assert passed == 1 and tested[1].p is None
+
+
+def test_a_context_counts_once() -> None:
+    many = [replace(one, question=f"{one.question} {i}") for one in examples(60) for i in range(4)]
+    test = bench(Told({}))
+    tested, passed = promise(test, [row(0.5, 0.0)], many, 0.05, 0.95)
+    assert tested[0].n == 240 and tested[0].p == pytest.approx(0.95**60) and passed == 1
 
 
 def test_the_promise_is_kept_over_many_draws() -> None:

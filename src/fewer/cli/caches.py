@@ -1,10 +1,7 @@
 """`fewer compare` and `fewer generate`: methods for caches, measured and used."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +15,7 @@ from fewer.tuning.planfile import TunedPlan
 from fewer.types import FewerError, Keep, UnknownName
 
 if TYPE_CHECKING:
+    from fewer.report import Report
     from fewer_eval.tasks import Task
 
 Fits = Annotated[list[Path] | None, typer.Option("--fit", help="A file that `fewer fit` made for one of the methods.")]
@@ -114,7 +112,9 @@ def generate(
     every: Annotated[int | None, typer.Option(help="Decoding steps between two compressions.")] = None,
     store: Annotated[str | None, typer.Option(help="How what is kept is held, such as kivi-4bit.")] = None,
     fit: Fits = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of the answer; default 128, with --plan what it was measured with.")
+    ] = None,
     plain: Annotated[bool, typer.Option(help="Do not wrap the prompt in the model's chat template.")] = False,
     model: Annotated[
         str | None, typer.Option(help="A path, a hub name, or 'default'; with --plan, the plan's own.")
@@ -127,48 +127,59 @@ def generate(
     from fewer.models import load
 
     text = _prompt(prompt, file)
-    if plan is None:
-        (made,), budget = fitted([method or "snapkv"], fit), read_keep(keep or "0.25")
-        loaded, tokenizer = load(model or "default", say=err.print)
-        asked: Any = partial(compress, loaded, made, budget, when=when, every=every, store=store)
-    else:
-        given = {"method": method, "keep": keep, "when": when, "every": every, "store": store, "fit": fit}
+    if plan is not None:
+        given = {
+            "method": method, "keep": keep, "when": when, "every": every, "store": store, "fit": fit, "plain": plain,
+        }  # fmt: skip
         if extra := [name for name, value in given.items() if value]:
             raise FewerError(f"--plan {plan} says all of it; leave out --{', --'.join(extra)}")
-        tuned = TunedPlan.load(plan)
-        if tuned.setting.text is not None and question is None:
-            raise FewerError(
-                f"--plan {plan} shortens the context of a question by {tuned.setting.text.method}: give --question too"
-            )
-        loaded, tokenizer = load(model or tuned.model or "default", say=err.print)
-        text = tuned.setting.shorten(text, question, tokenizer)
-        asked = partial(_planned, tuned, loaded)
+        _by_plan(plan, text, question, max_new_tokens, model, as_json)
+        return
+    (chosen,), budget = fitted([method or "snapkv"], fit), read_keep(keep or "0.25")
+    loaded, tokenizer = load(model or "default", say=err.print)
     if question is not None:
         text = f"{text}\n\n{question}"
     if not plain and tokenizer.chat_template is not None:
         message = [{"role": "user", "content": text}]
         text = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=plain)
-    with torch.inference_mode(), asked() as run:
+    with torch.inference_mode(), compress(loaded, chosen, budget, when=when, every=every, store=store) as run:
         run_model: Any = loaded.generate  # its type is lost behind the model class's attributes
-        tokens = run_model(**ids, max_new_tokens=max_new_tokens, do_sample=False)
+        tokens = run_model(**ids, max_new_tokens=max_new_tokens or 128, do_sample=False)
     answer = str(tokenizer.decode(tokens[0, ids.input_ids.shape[1] :], skip_special_tokens=True))
+    _say(answer, run.report, as_json)
+
+
+def _by_plan(
+    path: Path, context: str, question: str | None, most: int | None, model: str | None, as_json: bool
+) -> None:
+    """Answer as the plan was measured: a context and a question, greedily, and what is compressed in its order."""
+    from fewer.models import load
+    from fewer.tuning.hosts import Texts
+
+    plan = TunedPlan.load(path)
+    if question is None or not question.strip():
+        raise FewerError(f"--plan {path} was measured on questions about contexts: give --question too")
+    loaded, tokenizer = load(model or plan.model or "default", say=err.print)
+    plan.check(loaded)
+    promise = plan.promise
+    length = most or (128 if promise is None else promise.max_new_tokens)
+    host = Texts(loaded, tokenizer, most=length, unseen=promise is not None and promise.unseen)
+    short = plan.setting.shorten(context, question, tokenizer)
+    answer, report = host.in_line(plan.setting.held, *host.asker.prompt(short, question))
+    _say(answer.text, report, as_json)
+    if not as_json:
+        err.print(str(plan), highlight=False, markup=False)
+        if promise is not None and length > promise.max_new_tokens:
+            err.print(f"the promise is for answers of at most {promise.max_new_tokens} tokens", style="red")
+
+
+def _say(answer: str, report: "Report", as_json: bool) -> None:
     if as_json:
-        print_json({"text": answer, "report": None if run is None else run.report.to_dict()})
+        print_json({"text": answer, "report": report.to_dict()})
         return
     print(answer)  # noqa: T201
-    if plan is not None:
-        err.print(str(tuned), highlight=False, markup=False)
-    if run is not None:
-        err.print(str(run.report), highlight=False, markup=False)
-
-
-@contextmanager
-def _planned(plan: TunedPlan, model: Any) -> Iterator[Any]:
-    """A plan's part for the model; its part for texts was done before."""
-    plan.check(model)
-    with plan.setting.under(model) as run:
-        yield run
+    err.print(str(report), highlight=False, markup=False)
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str:

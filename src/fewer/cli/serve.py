@@ -46,7 +46,8 @@ def serve(
     if plan is not None:
         if method is not None or keep is not None or protect:
             raise FewerError(f"--plan {plan} says what to do with texts; leave out --method, --keep and --protect")
-        method, keep, protect = _planned(plan)
+        method, keep, protect, counts = _planned(plan)
+        tokenizer = tokenizer or counts
     method, keep = method or "llmlingua2", 0.5 if keep is None else keep
     settings = Settings(
         host=host, upstream=upstream, method=method, keep=keep, frozen=frozen, protect=tuple(protect or ()),
@@ -71,7 +72,7 @@ def serve(
         uvicorn.Server(config).run(sockets=[listening])
 
 
-def _planned(plan: Path) -> tuple[str, float, list[str]]:
+def _planned(plan: Path) -> tuple[str, float, list[str], str | None]:
     """What a plan does with texts; what it does with a model is for whoever runs the model."""
     from fewer.tuning.planfile import TunedPlan
 
@@ -83,13 +84,15 @@ def _planned(plan: Path) -> tuple[str, float, list[str]]:
             f"tokens, or use it where the model runs: fewer.compress(model, {str(plan)!r})"
         )
     err.print(str(tuned), highlight=False, markup=False)
+    said = [
+        "that was measured on contexts with a question each; here chats are shortened message by message, by whatever "
+        "model is behind, so that nothing is promised of them: fewer.Monitor can watch"
+    ]
     if tuned.setting.held is not None:
-        err.print(
-            f"the promise is for both parts of the plan; this server does the first, and the model behind it has to do "
-            f"the second: fewer.compress(model, ...) with {tuned.setting.held.method}", style="red", highlight=False,
-            markup=False,
-        )  # fmt: skip
-    return text.method, text.keep, list(text.protect)
+        said.append(f"its other part, {tuned.setting.held.method}, is for where the model runs, and is not done here")
+    for line in said:
+        err.print(line, style="red", highlight=False, markup=False)
+    return text.method, text.keep, list(text.protect), tuned.model or None
 
 
 _LINE = {"class": "logging.StreamHandler", "formatter": "line"}

@@ -55,11 +55,17 @@ def tune(
         TimeRemainingColumn,
     )
 
+    from fewer.tuning.dial import parted
     from fewer.tuning.dial import tune as search
     from fewer.tuning.examples import read
+    from fewer.tuning.losses import resolve_loss
     from fewer_eval import environment, report
 
     examples = read(data)  # before a model is loaded: most mistakes are here
+    resolve_loss(measure)
+    parted(examples, loss, confidence, measure, seed)
+    for place in (plan, folder / "report.html"):
+        _room(place)
     loaded, processor, host = _loaded(model, examples, max_new_tokens, unseen)
     columns = (TextColumn("{task.description:44s}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=err) as progress:
@@ -81,6 +87,7 @@ def tune(
         versions={**environment.versions(), **found.versions},
     )  # fmt: skip
     try:
+        plan.absolute().parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         report.write(folder / "tuned.json", json.dumps(found.to_dict(), indent=1) + "\n")
         report.write_tuned(folder / "report.html", found)
@@ -95,8 +102,19 @@ def tune(
         out.print(found.promise, highlight=False, markup=False)
         wrote = f"{plan}, " if found.chosen is not None else ""
         out.print(f"wrote {wrote}{folder / 'report.html'} and {folder / 'tuned.json'}", highlight=False, markup=False)
+    for note in found.notes:
+        err.print(f"note: {note}", highlight=False, markup=False)
     if found.chosen is None:
+        if plan.exists():
+            err.print(f"{plan} is of an earlier run, and was left as it is", highlight=False, markup=False)
         raise typer.Exit(3)
+
+
+def _room(place: Path) -> None:
+    """Refuse now what could not be written in hours."""
+    above = next(folder for folder in place.absolute().parents if folder.exists())
+    if not above.is_dir() or place.is_dir():
+        raise FewerError(f"{place} cannot be written: {above if not above.is_dir() else place} is in the way")
 
 
 def _loaded(name: str, examples: Any, most: int, unseen: bool) -> tuple[Any, Any, Any]:

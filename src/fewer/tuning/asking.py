@@ -26,7 +26,7 @@ class Asker:
         if self.tokenizer.chat_template is None:
             return self.ids(context), self.ids(f"\n\n{question}\n")
         text = self._asked(f"{context}\n\n{question}")
-        found = text.find(context)
+        found = text.find(f"{context}\n\n{question}")  # all of it: a short context may stand in the template too
         if found < 0:
             raise FewerError(
                 "the tokenizer's chat template changes the context, so it cannot be told from the question"

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from fewer import fit as fits
@@ -19,10 +20,10 @@ from fewer.adapters import vlm_layout
 from fewer.tuning import risk
 from fewer.tuning.candidates import candidates, joined
 from fewer.tuning.clock import clock
-from fewer.tuning.examples import Example, gather, parts
+from fewer.tuning.examples import Example, by_context, gather, parts
 from fewer.tuning.hosts import Host, Pictures, Texts
 from fewer.tuning.journal import Journal
-from fewer.tuning.losses import Loss, resolve_loss
+from fewer.tuning.losses import Loss, lost, resolve_loss
 from fewer.tuning.planfile import versions
 from fewer.tuning.profile import search
 from fewer.tuning.result import Measured, Tuned, Worst
@@ -91,32 +92,26 @@ def tune(
         FewerError: an argument cannot be, the examples are too few or have no answers, or the record is another run's.
     """
     start = time.perf_counter()
-    if not 0 < loss < 1:
-        raise FewerError(
-            f"tune(loss={loss!r}): it is a mean loss in (0, 1), such as 0.02; 0 cannot be promised from examples"
-        )
-    if not 0 < confidence < 1:
-        raise FewerError(f"tune(confidence={confidence!r}): it is in (0, 1), such as 0.95")
     counted, examples = resolve_loss(measure), gather(data)
     named = measure if isinstance(measure, str) else getattr(measure, "__name__", "a loss of your own")
-    if measure == "wrong" and (bare := [one.line for one in examples if not one.answers]):
-        raise FewerError(
-            f"{len(bare)} of {len(examples)} examples have no answer (the first is in line {bare[0]}), which measure="
-            f"'wrong' needs; add them, or measure='changed', which needs none"
-        )
-    choosing, calibrating, held_out = parts(examples, risk.needed(loss, 1 - confidence), seed)
+    choosing, calibrating, held_out = parted(examples, loss, confidence, named, seed)
+    if isinstance(methods, str):
+        raise FewerError(f"tune(methods={methods!r}): give a list of names")
+    if processor is None and host is None:
+        raise FewerError("tune(processor=None): give the model's tokenizer, or a vision-language model's processor")
     reads = "pictures" if vlm_layout.is_vlm(model) else "texts"
-    known = [(fits.load(path).method, str(Path(path).resolve())) for path in fit]
-    tried = candidates(reads, aim, methods, known)
+    fitted = [(fits.load(path), str(Path(path).resolve())) for path in fit]
+    tried = candidates(reads, aim, methods, [(one.method, path) for one, path in fitted])
     made: Any = host
     if made is None and reads == "pictures":
         made = Pictures(model, processor, most=max_new_tokens)
     elif made is None:
         made = Texts(model, processor, most=max_new_tokens, unseen=unseen)
+    made.check([*choosing, *calibrating, *held_out])
     fingerprint = fits.fingerprint(model)
     about = {
-        "model": fingerprint, "data": _digest(examples), "measure": named, "unseen": unseen,
-        "max_new_tokens": max_new_tokens, "versions": versions(),
+        "model": fingerprint, "unseen": unseen, "max_new_tokens": max_new_tokens, "seed": seed,
+        "fits": sorted(one.digest for one, _ in fitted), "versions": versions(),
     }  # fmt: skip
     bench = Bench(made, counted, Journal(None if record is None else Path(record), about), aim, tick=tick)
     if aim == "latency":
@@ -131,7 +126,9 @@ def tune(
     if levels and isinstance(made, Texts) and aim != "tokens":
         found, history = _profiled(bench, made, found, choosing, loss, seed)
     full = bench.measured(Setting(), choosing)
-    rungs = ladder(bench, found, full, choosing)
+    stake = fmean(lost(counted, bench.answer(one, Setting()).text, "", one) for one in choosing)
+    rungs = ladder(bench, found, full, choosing) if stake > loss else []
+    notes += _again(bench, rungs, calibrating, loss, confidence)
     sequence, passed = promise(bench, rungs, calibrating, loss, confidence)
     chosen = sequence[passed - 1].setting if passed else None
     held: Measured | None = None
@@ -143,14 +140,55 @@ def tune(
         held, budgets = bench.measured(chosen, held_out), _shares(bench, chosen, choosing)
     if shown is not None:
         worst = _worst(bench, shown, [*choosing, *calibrating, *held_out])
+    if chosen is not None:
+        why = ""
+    elif stake <= loss:
+        why = (
+            f"an answer of nothing at all would lose {stake:.4f} ({named}) on these examples, no more than was asked: "
+            f"there is nothing to lose. Does the model answer them as it is?"
+        )
+    else:
+        why = _why(found, sequence, tried, aim)
     return Tuned(
         model=name or type(model).__name__, aim=aim, loss=loss, confidence=confidence, measure=named, chosen=chosen,
-        why="" if chosen is not None else _why(found, full, sequence, tried, aim), fingerprint=fingerprint,
-        unseen=unseen, full=full, searched=tuple(found), sequence=tuple(sequence), held=held, budgets=budgets,
-        history=history, worst=worst, notes=tuple(notes), seed=seed, date=date.today().isoformat(),
+        why=why, fingerprint=fingerprint, unseen=unseen, max_new_tokens=max_new_tokens, stake=stake, full=full,
+        searched=tuple(found), sequence=tuple(sequence), held=held, budgets=budgets, history=history, worst=worst,
+        notes=tuple(notes), seed=seed, date=date.today().isoformat(),
         parts={"search": len(choosing), "calibration": len(calibrating), "held out": len(held_out)},
-        seconds=time.perf_counter() - start, versions=versions(),
+        contexts=len(by_context(calibrating)), seconds=time.perf_counter() - start, versions=versions(),
     )  # fmt: skip
+
+
+def parted(
+    examples: Sequence[Example], loss: float, confidence: float, measure: str, seed: int
+) -> tuple[list[Example], list[Example], list[Example]]:
+    """The examples' parts; what cannot be promised with them is said here, before a model is needed."""
+    if not 0 < loss < 1:
+        raise FewerError(
+            f"tune(loss={loss!r}): it is a mean loss in (0, 1), such as 0.02; 0 cannot be promised from examples"
+        )
+    if not 0 < confidence < 1:
+        raise FewerError(f"tune(confidence={confidence!r}): it is in (0, 1), such as 0.95")
+    if measure == "wrong" and (bare := [one.line for one in examples if not one.answers]):
+        raise FewerError(
+            f"{len(bare)} of {len(examples)} examples have no answer (the first is in line {bare[0]}), which measure="
+            f"'wrong' needs; add them, or measure='changed', which needs none"
+        )
+    return parts(examples, risk.needed(loss, 1 - confidence), seed)
+
+
+def _again(
+    bench: Bench, rungs: Sequence[Measured], examples: Sequence[Example], loss: float, confidence: float
+) -> list[str]:
+    """What to say where these calibration examples were tested before with something else: they are no new evidence."""
+    test = [loss, confidence, [one.setting.key for one in rungs], sorted(example.key for example in examples)]
+    number = bench.journal.test(hashlib.sha256(json.dumps(test).encode()).hexdigest())
+    if number == 1:
+        return []
+    return [
+        f"this is test number {number} on this record's calibration examples: the confidence is that of the first. For "
+        f"a promise of this one, calibrate with examples of its own"
+    ]
 
 
 def _joined(bench: Bench, found: list[Measured], examples: Sequence[Example], asked: float) -> list[Measured]:
@@ -189,9 +227,7 @@ def _measured(
     return [one for one in found if plausible(one.loss, one.n, asked)]
 
 
-def _why(
-    found: Sequence[Measured], full: Measured, sequence: Sequence[Measured], tried: Sequence[Setting], aim: str
-) -> str:
+def _why(found: Sequence[Measured], sequence: Sequence[Measured], tried: Sequence[Setting], aim: str) -> str:
     """What was in the way of a promise."""
     if not found:
         return f"every one of {len(tried)} settings lost too much on the examples of the search."
@@ -202,7 +238,7 @@ def _why(
         return f"the safest setting, {first.setting}, lost too much on the calibration examples to pass."
     return (
         f"the safest setting, {first.setting}, lost {first.loss:.4f} on {first.n} calibration examples, which is too "
-        f"much to promise the loss that was asked (p = {first.p:.3f}); more examples, or a greater loss, may help."
+        f"much to promise the loss that was asked (p = {first.p:.3f}); a new and larger set of examples may help."
     )
 
 
@@ -215,16 +251,12 @@ def _shares(bench: Bench, setting: Setting, examples: Sequence[Example]) -> tupl
 def _worst(bench: Bench, setting: Setting, examples: Sequence[Example]) -> tuple[Worst, ...]:
     """The examples on which a setting lost most, of those it was asked."""
     asked = [one for one in examples if bench.journal.get(one, setting) is not None]
-    lost = sorted(asked, key=lambda one: -bench.lost(one, setting))[:WORST]
+    most = sorted(asked, key=lambda one: -bench.lost(one, setting))[:WORST]
     return tuple(
         Worst(
             one.question, bench.answer(one, Setting()).text, bench.answer(one, setting).text, bench.lost(one, setting),
             one.line, one.task,
         )
-        for one in lost
+        for one in most
         if bench.lost(one, setting) > 0
     )  # fmt: skip
-
-
-def _digest(examples: Sequence[Example]) -> str:
-    return hashlib.sha256(json.dumps([one.key for one in examples]).encode()).hexdigest()

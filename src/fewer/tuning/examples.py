@@ -34,7 +34,7 @@ class Example:
     @property
     def key(self) -> str:
         """The same for examples that ask the same."""
-        said = json.dumps([self.context, self.question, self.answers, self.images])
+        said = json.dumps([self.context, self.question, self.images])
         return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
@@ -74,27 +74,38 @@ def gather(data: str | Path | Iterable[Mapping[str, Any] | Example]) -> list[Exa
     return found
 
 
-def parts(examples: Sequence[Example], needed: int, seed: int) -> tuple[list[Example], list[Example], list[Example]]:
-    """Examples to search with, to calibrate with, and to check with afterwards: drawn at random, no example twice.
+def by_context(examples: Sequence[Example]) -> list[list[Example]]:
+    """Examples that share a context, or pictures, together, in the order in which they first come."""
+    groups: dict[tuple[str, tuple[str, ...]], list[Example]] = {}
+    for example in examples:
+        groups.setdefault((example.context, example.images), []).append(example)
+    return list(groups.values())
 
-    A quarter searches, a tenth checks, the rest, and at least `needed`, calibrates.
+
+def parts(examples: Sequence[Example], needed: int, seed: int) -> tuple[list[Example], list[Example], list[Example]]:
+    """Examples to search with, to calibrate with, and to check with afterwards: contexts are drawn at random, with all
+    their examples; none is in two parts, and examples that are the same count once.
+
+    A quarter searches, a tenth checks, the rest, and at least `needed` contexts, calibrates.
 
     Raises:
         FewerError: there are too few, which no setting could pass with.
     """
-    unique = list({example.key: example for example in examples}.values())
-    order = random.Random(f"parts/{seed}").sample(unique, len(unique))
+    groups = by_context(list({example.key: example for example in examples}.values()))
+    order = random.Random(f"parts/{seed}").sample(groups, len(groups))
     least = needed + 2
     if len(order) < least:
-        twice = len(examples) - len(unique)
+        more = f" with {len(order)} different contexts" if len(order) < len(examples) else ""
         raise FewerError(
-            f"{len(order)} examples{f' ({twice} more stand there twice)' * bool(twice)} are too few: even if nothing "
-            f"is lost, this loss at this confidence takes {needed} to calibrate with, and some more to search with; "
-            f"give at least {least}, better {-(-needed * 10 // 6)}, or ask for a greater loss or less confidence"
+            f"{len(examples)} examples{more} are too few: even if nothing is lost, this loss at this confidence takes "
+            f"{needed} to calibrate with, and some more to search with; give at least {least}, better "
+            f"{-(-needed * 10 // 6)}, with contexts of their own, or ask for a greater loss or less confidence"
         )
     searching = max(1, min(len(order) // 4, len(order) - needed - 1))
     checking = max(1, min(len(order) // 10, len(order) - needed - searching))
-    return order[:searching], order[searching : len(order) - checking], order[len(order) - checking :]
+    cuts = order[:searching], order[searching : len(order) - checking], order[len(order) - checking :]
+    search, calibrate, check = ([example for group in part for example in group] for part in cuts)
+    return search, calibrate, check
 
 
 def _example(where: str, number: int, line: str, folder: Path) -> Example:
@@ -102,6 +113,8 @@ def _example(where: str, number: int, line: str, folder: Path) -> Example:
         fields = json.loads(line)
     except json.JSONDecodeError as error:
         raise FewerError(f"{where} is not JSON: {error.msg} at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets within brackets
+        raise FewerError(f"{where} is not JSON that can be read: {error}") from None
     return _of(where, number, fields, folder)
 
 
@@ -115,6 +128,7 @@ def _of(where: str, number: int, fields: Any, folder: Path) -> Example:
     for name in ("context", "question", "task"):
         if not isinstance(fields.get(name, ""), str):
             raise FewerError(f"{where}: {name} is {_kind(fields[name])}, not a string")
+        _text(where, name, fields.get(name, ""))
     if not images and not fields["context"].strip():
         raise FewerError(f"{where}: context is empty")
     answers = _strings(where, "answer", fields["answer"]) if "answer" in fields else ()
@@ -130,7 +144,15 @@ def _strings(where: str, name: str, value: Any) -> tuple[str, ...]:
     for one in listed:
         if not isinstance(one, str):
             raise FewerError(f"{where}: {name} is {_kind(value)}, not a string or a list of strings")
+        _text(where, name, one)
     return tuple(listed)
+
+
+def _text(where: str, name: str, value: str) -> None:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise FewerError(f"{where}: {name} holds half a surrogate pair, which is no text") from None
 
 
 def _kind(value: Any) -> str:

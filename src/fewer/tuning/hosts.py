@@ -19,7 +19,7 @@ from fewer.report import Report
 from fewer.tuning.asking import Asker
 from fewer.tuning.examples import Example
 from fewer.tuning.setting import Held, Setting
-from fewer.types import BudgetError, FewerError, Keep
+from fewer.types import FewerError, Keep
 
 TOGETHER = 16
 """Caches that answer as one batch; more would hold their bytes at once."""
@@ -50,6 +50,8 @@ class Host(Protocol):
 
     model: Any
 
+    def check(self, examples: Sequence[Example]) -> None: ...
+
     def ask(self, example: Example, settings: Sequence[Setting]) -> list[Answer]: ...
 
 
@@ -73,6 +75,19 @@ class Texts:
         self.asker = Asker(model, tokenizer)
         self.made: dict[Held, Any] = {}
 
+    def check(self, examples: Sequence[Example]) -> None:
+        """Raise for examples that cannot be asked, before hours are spent on others."""
+        for example in examples:
+            where = f"example {example.line}"
+            if example.images:
+                raise FewerError(f"{where} has an image, and {type(self.model).__name__} reads texts alone")
+            if not example.question.strip():
+                raise FewerError(f"{where} has an empty question")
+            try:
+                self.asker.prompt(example.context, example.question)
+            except FewerError as why:
+                raise FewerError(f"{where}: {why}") from None
+
     @torch.inference_mode()
     def ask(self, example: Example, settings: Sequence[Setting]) -> list[Answer]:
         """One answer a setting, in their order."""
@@ -83,7 +98,7 @@ class Texts:
         for text, members in groups.items():
             try:
                 context = Setting(text).shorten(example.context, example.question, self.tokenizer)
-            except BudgetError as why:
+            except FewerError as why:
                 answers.update(dict.fromkeys(members, Answer("", refused=str(why))))
                 continue
             before, after = self.asker.prompt(context, example.question)
@@ -106,6 +121,7 @@ class Texts:
         """Whether it acts while the prompt is read or the answer is made, so that no prefill can be shared."""
         method = self.method(held)
         acts = any(getattr(method, name, None) is not None for name in ("shortens", "among", "reads"))
+        acts = acts or getattr(method, "when", "prefill") != "prefill"
         return acts or (held is not None and bool(held.options().keys() - {"store"}))
 
     def _beside(self, held: Sequence[Held | None], before: Tensor, after: Tensor) -> list[Answer]:
@@ -115,9 +131,8 @@ class Texts:
         watch = watching([self.method(one) for one in held])
         found: list[Answer] = []
         with Cache(self.model, watch, 1.0) as full:
-            logits = self.read(full, before)
-            if not self.unseen:
-                logits = self.read(full, after)
+            # in one forward, as `generate` reads it: some methods look at the latest forward alone
+            logits = self.read(full, before if self.unseen else torch.cat([before, after], 1))
             for start in range(0, len(held), TOGETHER):
                 found += self._together(full, held[start : start + TOGETHER], logits, after)
         return found
@@ -128,7 +143,7 @@ class Texts:
         for index, one in enumerate(held):
             try:
                 caches.append(full.under(self.method(one), _keep(one), store=_store(one)))
-            except BudgetError as why:
+            except FewerError as why:
                 refused[index] = str(why)
         reports = [cache.report for cache in caches]
         said: list[list[int]] = []
@@ -148,22 +163,26 @@ class Texts:
         ]
 
     def _in_line(self, held: Held | None, before: Tensor, after: Tensor) -> Answer:
-        """The answer of a setting by itself, as `fewer.compress` gives it."""
-        assert held is not None
-        options = {name: value for name, value in held.options().items() if name in ("when", "every")}
         try:
-            with Cache(self.model, self.method(held), _keep(held), store=_store(held), **options) as cache:
-                logits = self.read(cache, before if self.unseen else torch.cat([before, after], 1))
-                if held.when in (None, "prefill"):
-                    cache.freeze()
-                report = cache.report
-                if self.unseen:
-                    logits = self.read(cache, after)
-                tokens = cache.get_seq_length()
-                said = self.asker.answers(self.asker.greedy(cache, logits.argmax(-1), self.most))
-                return self._answer(said[0], report, tokens)
-        except BudgetError as why:
+            return self.in_line(held, before, after)[0]
+        except FewerError as why:
             return Answer("", refused=str(why))
+
+    @torch.inference_mode()
+    def in_line(self, held: Held | None, before: Tensor, after: Tensor) -> tuple[Answer, Report]:
+        """The answer of a setting by itself, from a prompt in two parts, as `fewer.compress` gives it."""
+        method = self.method(held)
+        options = {} if held is None else {n: v for n, v in held.options().items() if n in ("when", "every")}
+        with Cache(self.model, method, _keep(held), store=_store(held), **options) as cache:
+            logits = self.read(cache, before if self.unseen else torch.cat([before, after], 1))
+            if options.get("when", getattr(method, "when", "prefill")) == "prefill":
+                cache.freeze()
+            report = cache.report
+            if self.unseen:
+                logits = self.read(cache, after)
+            tokens = cache.get_seq_length()
+            said = self.asker.answers(self.asker.greedy(cache, logits.argmax(-1), self.most))
+            return self._answer(said[0], report, tokens), report
 
     def read(self, cache: Cache, ids: Tensor) -> Tensor:
         """Read tokens (1, n) into a cache; the logits (1, vocabulary) after them."""
@@ -206,7 +225,7 @@ class Pictures:
             inputs = self.processor(images=images, text=[text], return_tensors="pt").to(self.model.device)
             try:
                 answers.append(self._one(setting, inputs))
-            except BudgetError as why:
+            except FewerError as why:
                 answers.append(Answer("", refused=str(why)))
         return answers
 
@@ -269,5 +288,5 @@ def _open(name: str) -> Any:
     try:
         with Image.open(name) as opened:
             return opened.convert("RGB")
-    except (OSError, UnidentifiedImageError) as why:
-        raise FewerError(f"{name} is no picture that can be read: {why}") from why
+    except (OSError, ValueError, UnidentifiedImageError) as why:
+        raise FewerError(f"{name!r} is no picture that can be read: {why}") from why

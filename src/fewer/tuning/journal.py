@@ -1,7 +1,8 @@
 """Answers on disk as they come: a JSON line each, so that a search that was broken off goes on where it stopped.
 
-line 1     what the run is about: model, data, measure; a run about something else is refused
-then       {"example": key, "setting": key, "answer": [...]}, or {"levels": [...], "stage": i, "fitness": x}
+line 1     what the run is about: model, seed, versions; a run about something else is refused
+then       {"example": key, "setting": key, "answer": [...]}, {"search": name, "levels": [...], "stage": i,
+           "fitness": x}, or {"test": digest} for a calibration
 """
 
 import json
@@ -29,14 +30,19 @@ class Journal:
     def __init__(self, path: Path | None, about: Mapping[str, Any]) -> None:
         self.path = path
         self.answers: dict[tuple[str, str], Answer] = {}
+        self.tests: list[str] = []
         self.fitness: dict[str, dict[tuple[tuple[int, ...], int], float]] = {}
         if path is None:
             return
         said = json.loads(json.dumps({"kind": "tune", **about}))
-        if path.exists():
+        if path.exists() and not self._blank(path):
             self._read(path, said)
         else:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(b"")
+            except OSError as why:
+                raise FewerError(f"{path} cannot be written ({why.strerror})") from None
             self._write(said)
 
     def get(self, example: Example, setting: Setting) -> Answer | None:
@@ -51,6 +57,21 @@ class Journal:
     def known(self, search: str) -> "Known":
         """What a search for levels knows, of this name."""
         return Known(self, search)
+
+    def test(self, digest: str) -> int:
+        """Which test this is on the record's calibration examples; the same test again is no other one."""
+        if digest not in self.tests:
+            self.tests.append(digest)
+            self._write({"test": digest})
+        return self.tests.index(digest) + 1
+
+    def _blank(self, path: Path) -> bool:
+        """Whether not even the first line was written whole, as where the disk was full."""
+        try:
+            content = path.read_bytes()
+        except OSError as why:
+            raise FewerError(f"{path} cannot be read: {why.strerror}") from None
+        return not content or (b"\n" not in content and b'{"kind": "tune"'.startswith(content[:15]))
 
     def _read(self, path: Path, about: dict[str, Any]) -> None:
         try:
@@ -76,6 +97,8 @@ class Journal:
                     *rest, shares, refused = line["answer"]
                     answer = Answer._make([*rest, tuple(tuple(one) for one in shares), refused])
                     self.answers[line["example"], line["setting"]] = answer
+                elif "test" in line:
+                    self.tests.append(line["test"])
                 else:
                     known = self.fitness.setdefault(line["search"], {})
                     known[tuple(line["levels"]), line["stage"]] = line["fitness"]

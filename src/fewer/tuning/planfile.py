@@ -16,7 +16,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -39,7 +39,8 @@ class Promise:
 
     `measure` names the loss, `examples` how many it was calibrated on, `lost` their mean loss, `p` the p-value;
     `held_out` and `held_out_lost` are of examples that had no part in any choice. `unseen` says that contexts were
-    compressed before the question was read.
+    compressed before the question was read; `max_new_tokens` is how long answers could be, greedy ones; `stake` is what
+    an answer of nothing at all would have lost.
     """
 
     loss: float
@@ -51,12 +52,15 @@ class Promise:
     held_out: int
     held_out_lost: float
     unseen: bool = False
+    max_new_tokens: int = 64
+    stake: float = 1.0
 
     def __str__(self) -> str:
         return (
             f"with confidence {self.confidence:g}, on data like the examples, the expected loss ({self.measure}) is at "
             f"most {self.loss:g}; it was {self.lost:.4f} on {self.examples} calibration examples and "
-            f"{self.held_out_lost:.4f} on {self.held_out} held out"
+            f"{self.held_out_lost:.4f} on {self.held_out} held out (an answer of nothing would lose {self.stake:.4f})"
+            + ("; contexts were compressed before their questions were read" if self.unseen else "")
         )
 
 
@@ -87,7 +91,8 @@ class TunedPlan:
         except OSError as why:
             raise FewerError(f"{path} cannot be written ({why.strerror}); nothing was changed") from None
         finally:
-            draft.unlink(missing_ok=True)
+            with suppress(OSError):
+                draft.unlink()
 
     @classmethod
     def load(cls, path: str | Path) -> "TunedPlan":
@@ -125,6 +130,8 @@ class TunedPlan:
         if not all(isinstance(one, dict) for one in tables):
             raise FewerError(f"{path}: setting and made are tables")
         setting = Setting.from_dict(said["setting"], f"{path}: setting").beside(path.parent)
+        if setting == Setting():
+            raise FewerError(f"{path} has no [setting.text] and no [setting.held], so it says nothing to do")
         promise = None if promised is None else _promise(path, promised)
         model, fingerprint = (str(said.get(name, "")) for name in ("model", "fingerprint"))
         plan = cls(setting, model, fingerprint, promise, said.get("made", {}))
@@ -162,12 +169,19 @@ class TunedPlan:
         if self.setting.held is None:
             raise FewerError(
                 f"the plan shortens prompts ({self.setting}) and leaves the model as it is: pass texts through "
-                f"TunedPlan.load(...).setting.shorten(context, question)"
+                f"TunedPlan.load(...).setting.shorten(context, question, tokenizer)"
             )
         if self.setting.text is not None:
             warnings.warn(
                 f"the plan's promise is for prompts shortened by {self.setting.text.method} before the model reads "
-                f"them: pass texts through TunedPlan.load(...).setting.shorten(context, question)",
+                f"them: pass texts through TunedPlan.load(...).setting.shorten(context, question, tokenizer)",
+                FewerWarning,
+                stacklevel=4,
+            )
+        if self.promise is not None and self.promise.unseen:
+            warnings.warn(
+                "the plan's promise is for contexts that were compressed before their question was read: read the "
+                "context by itself, then run.cache.freeze(), then the question",
                 FewerWarning,
                 stacklevel=4,
             )

@@ -98,6 +98,7 @@ def search(
     even = held.keep
     assert isinstance(even, float)
     step = even / (START + 1)
+    asked = " ".join(example.key for example in examples[: STAGES[-1]])
     most = min(2 * START + 1, int(1 / step + 1e-9) - 1)
 
     def keeps(levels: Sequence[int], heads: int) -> Held:
@@ -114,8 +115,8 @@ def search(
         def run(start: Sequence[int], each: int, name: str) -> Found:
             return evolve(
                 start, most, lambda levels, stage: judge(keeps(levels, each), counts[stage]), generations=GENERATIONS,
-                offspring=OFFSPRING, survivors=SURVIVORS, seed=seed, known=journal.known(f"{held} {name}"),
-                tick=lambda done, best: tick(f"levels of {name}, {best:.4f} bits a token", done, GENERATIONS),
+                offspring=OFFSPRING, survivors=SURVIVORS, seed=seed, known=journal.known(f"{held} {name} {asked}"),
+                tick=lambda done, best: tick(f"levels of {name}", done, GENERATIONS),
             )  # fmt: skip
 
         found = run([START] * layers, 1, "layers")

@@ -50,10 +50,12 @@ class Tuned:
     """What `fewer.tune` found.
 
     `chosen` is the setting that may be used, or None where none passed: then `why` says what was in the way. `searched`
-    was measured on the search part of the examples, `sequence` on the calibration part, in the order it was tested in,
-    `held` is the chosen setting on examples that no choice has seen. `full` is the model as it is. `budgets` holds, for
-    each layer, the mean share that its heads kept, for the chosen setting, and where a search for levels was made, its
-    `history` of the best fitness (bits a token between the full model's predictions and the compressed one's).
+    was measured on the search part of the examples, `sequence` on the calibration part, in the order it was tested in
+    (those without a p-value were given up), of which `contexts` are different. `stake` is what an answer of nothing
+    would lose. `held` is the chosen setting on examples that no choice has seen, `full` the model as it is. `budgets`
+    holds, for each layer, the mean share that its heads kept, for the chosen setting, and where a search for levels was
+    made, its `history` of the best fitness (bits a token between the full model's predictions and the compressed
+    one's).
     """
 
     model: str
@@ -65,6 +67,8 @@ class Tuned:
     why: str
     fingerprint: str
     unseen: bool
+    max_new_tokens: int
+    stake: float
     full: Measured
     searched: tuple[Measured, ...]
     sequence: tuple[Measured, ...]
@@ -73,6 +77,7 @@ class Tuned:
     history: tuple[float, ...] = ()
     worst: tuple[Worst, ...] = ()
     parts: Mapping[str, int] = field(default_factory=dict)
+    contexts: int = 0
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
     seed: int = 0
@@ -90,7 +95,7 @@ class Tuned:
         return (
             f"With confidence {self.confidence:g}, on data like these examples, the expected loss ({self.measure}) of "
             f"{self.chosen} is at most {self.loss:g}: it was {lost:.4f} on {n} calibration examples, which had no "
-            f"part in choosing the candidates."
+            f"part in choosing the candidates. An answer of nothing at all would lose {self.stake:.4f}."
         )
 
     def plan(self) -> TunedPlan:
@@ -104,7 +109,7 @@ class Tuned:
         tested = next(one for one in self.sequence if one.setting == self.chosen)
         promise = Promise(
             self.loss, self.confidence, self.measure, tested.n, tested.loss, float(tested.p or 0.0), self.held.n,
-            self.held.loss, self.unseen,
+            self.held.loss, self.unseen, self.max_new_tokens, self.stake,
         )  # fmt: skip
         made = {"date": self.date, "command": self.command, **self.versions}
         return TunedPlan(self.chosen, self.model, self.fingerprint, promise, made)

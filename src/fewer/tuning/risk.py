@@ -87,6 +87,15 @@ def bound(losses: Sequence[float | int], delta: float) -> float:
     return high
 
 
+def below(k: int, n: int, p: float) -> float:
+    """P(Bin(n, p) < k).
+
+    >>> round(below(1, 8, 0.02), 4)  # none of eight
+    0.8508
+    """
+    return 0.0 if k < 1 else math.exp(_log_binomial_cdf(k - 1, n, p))
+
+
 def _p(total: float | int, n: int, alpha: float) -> float:
     rate = min(total / n, alpha)
     hoeffding = math.exp(-n * _divergence(rate, alpha))

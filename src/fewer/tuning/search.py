@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 from fewer.tuning import risk
-from fewer.tuning.examples import Example
+from fewer.tuning.examples import Example, by_context
 from fewer.tuning.hosts import Answer, Host
 from fewer.tuning.journal import Journal
 from fewer.tuning.losses import Loss, changed, lost
@@ -24,7 +24,7 @@ Tick = Callable[[str, int, int], None]
 """Told what is being done, how many examples of it are done, and of how many."""
 RARE = 0.05
 """A candidate goes out when a loss as large as its own would be rarer than this at the loss that is asked."""
-LEFT = (24, 12)
+LEFT = (16, 10)
 """Candidates left, at most, after the first and the second round."""
 RUNGS = 8
 """Settings on the ladder, at most."""
@@ -114,9 +114,7 @@ def plausible(loss: float, n: int, asked: float) -> bool:
     >>> plausible(0.125, 8, 0.02), plausible(0.25, 8, 0.02)
     (True, False)
     """
-    fewer = math.floor(loss * n + 1e-9) - 1
-    below = sum(math.comb(n, k) * asked**k * (1 - asked) ** (n - k) for k in range(fewer + 1))
-    return 1 - below >= RARE
+    return 1 - risk.below(math.floor(loss * n + 1e-9), n, asked) >= RARE
 
 
 def best(found: Sequence[Measured], aim: str, many: int) -> list[Measured]:
@@ -169,25 +167,38 @@ def promise(
 ) -> tuple[list[Measured], int]:
     """The rungs on the calibration examples, each with its p-value, and how many pass from the safe end.
 
-    What has lost so much already that it cannot pass any more is not asked further, nor is what comes after it: testing
-    stops there. Those have no p-value.
+    Examples of one context stand and fall together, so a context counts once, with the mean of its losses. What has
+    lost so much already that it cannot pass any more is asked no further, nor is what comes after it: testing stops
+    there. Those have no p-value, and are measured on what they were asked; those that were not asked are left out.
     """
-    settings, delta, n = [one.setting for one in rungs], 1 - confidence, len(examples)
-    totals = [0.0] * len(settings)
-    for done, example in enumerate(examples):
-        bench.tick(f"calibration, {len(settings)} settings", done, n)
-        bench.one(example, settings)
+    settings, delta, contexts = [one.setting for one in rungs], 1 - confidence, by_context(examples)
+    totals, asked_of, n = [0.0] * len(settings), [0] * len(settings), len(contexts)
+    what = f"calibration, {len(settings)} settings"
+    for done, group in enumerate(contexts):
+        bench.tick(what, done, n)
+        for example in group:
+            bench.one(example, settings)
         for index, setting in enumerate(settings):
-            refused = bench.answer(example, setting).refused
-            totals[index] += n if refused else bench.lost(example, setting)
-        if dead := [i for i, total in enumerate(totals[: len(settings)]) if risk.hopeless(total, n, asked, delta)]:
+            totals[index] += fmean(_lost(bench, example, setting) for example in group)
+            asked_of[index] = done + 1
+        over = [max(0.0, total - 1e-9) for total in totals[: len(settings)]]  # sums of floats may be off by a hair
+        if dead := [i for i, total in enumerate(over) if risk.hopeless(total, n, asked, delta)]:
             settings = settings[: dead[0]]
         if not settings:
             break
-    bench.tick("calibration", n, n)
+    bench.tick(what, n, n)
     tested = []
-    for setting in settings:
-        losses = [bench.lost(example, setting) for example in examples]
-        tested.append(replace(bench.measured(setting, examples), p=risk.p_value(losses, asked)))
+    for index, rung in enumerate(rungs):
+        some = [example for group in contexts[: asked_of[index]] for example in group]
+        found = bench.measured(rung.setting, some)
+        if index < len(settings):
+            losses = [fmean(_lost(bench, example, rung.setting) for example in group) for group in contexts]
+            found = replace(found, p=risk.p_value(losses, asked))
+        tested.append(found)
     passed = risk.fixed_sequence([one.p for one in tested if one.p is not None], delta)
-    return [*tested, *rungs[len(settings) :]], passed
+    return tested, passed
+
+
+def _lost(bench: Bench, example: Example, setting: Setting) -> float:
+    """What a setting lost; all, where it could not be met."""
+    return 1.0 if bench.answer(example, setting).refused else bench.lost(example, setting)

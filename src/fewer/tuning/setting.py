@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from fewer import fit as fits
@@ -161,7 +162,10 @@ class Setting:
             parts.append(f"{self.text.method} @ {self.text.keep}{kept}")
         if self.held is not None:
             name = self.held.method if isinstance(self.held.method, str) else " + ".join(self.held.method)
-            keep = "its own budgets" if isinstance(self.held.keep, tuple) else self.held.keep
+            keep = self.held.keep
+            if isinstance(keep, tuple):
+                rows = [level if isinstance(level, tuple) else (level,) for level in keep]
+                keep = f"{fmean(fmean(row) for row in rows):.4g} on average, in budgets of its own"
             said = "" if keep == 1.0 else f" @ {keep}"
             parts.append(f"{name}{said}" + (f" in {self.held.store}" if self.held.store else ""))
         return ", then ".join(parts) or "do not compress"
