@@ -88,7 +88,7 @@ def _costs(tuned: Tuned) -> list[str]:
 def _verdicts(tuned: Tuned) -> list[str]:
     through = passed(tuned)
     return [
-        "chosen" if one.setting == tuned.chosen else "passed" if at < through else "not passed"
+        "chosen" if one.setting == tuned.chosen else "passed" if at < through else "given up" if one.p is None else "failed"
         for at, one in enumerate(tuned.sequence)
     ]
 

@@ -47,6 +47,8 @@ def make_tuned(**change: object) -> Tuned:
         "why": "",
         "fingerprint": "0123456789abcdef",
         "unseen": True,
+        "max_new_tokens": 64,
+        "stake": 1.0,
         "full": measured(Setting(), 1.0, 0.0),
         "searched": tuple(searched),
         "sequence": sequence,

@@ -112,7 +112,7 @@ def test_the_page_shows_the_tests_in_their_order_with_their_results(tmp_path: Pa
         "adakv @ 0.5 0.0000 23.05 2000 1550.0 400 0.0003 passed",
         "adakv @ 0.35 0.0020 16.13 2000 1415.0 400 0.0040 passed",
         "adakv @ 0.25 0.0061 11.53 2000 1325.0 400 0.0310 chosen",
-        "adakv @ 0.15 0.0410 6.92 2000 1235.0 400 1.0000 not passed",
+        "adakv @ 0.15 0.0410 6.92 2000 1235.0 400 1.0000 failed",
         "adakv @ 0.25 0.0105 11.53 2000 1325.0 200 – held out",
     ]
     places = [text.index(line) for line in order]
@@ -154,7 +154,7 @@ def test_the_table_has_the_frontier_then_the_tests(aim: str) -> None:
     lines = terminal(tuned)
     front = [str(one.setting) for one in pareto(tuned.searched, aim)]
     assert [line[1] for line in lines if line[-1] == "frontier"] == front
-    assert [line[-1] for line in lines if line[0] == "calibration"] == ["passed", "passed", "chosen", "not passed"]
+    assert [line[-1] for line in lines if line[0] == "calibration"] == ["passed", "passed", "chosen", "failed"]
     first = {"memory": "46.10", "tokens": "2000", "latency": "2000.0"}[aim]
     assert lines[0][3] == first  # what was aimed at stands first
     assert lines[-1][:3] == ["held out", str(CHOSEN), "0.0105"]

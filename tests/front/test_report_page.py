@@ -109,7 +109,7 @@ def test_the_search_is_clicked_through(tuned: Visit) -> None:
     after = tuned.seen()
     assert 'held.method = "adakv" held.keep = 0.25' in after
     assert "expected @ 0.35" in after
-    assert "not passed" in after
+    assert "failed" in after
     assert make_tuned().command in after
     assert tuned.page.locator("svg.fewer-picture image").count() == 2
     whole(tuned)
