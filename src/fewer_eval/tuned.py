@@ -87,10 +87,13 @@ def _costs(tuned: Tuned) -> list[str]:
 
 def _verdicts(tuned: Tuned) -> list[str]:
     through = passed(tuned)
-    return [
-        "chosen" if one.setting == tuned.chosen else "passed" if at < through else "given up" if one.p is None else "failed"
-        for at, one in enumerate(tuned.sequence)
-    ]
+
+    def verdict(at: int, one: Measured) -> str:
+        if one.setting == tuned.chosen:
+            return "chosen"
+        return "passed" if at < through else "given up" if one.p is None else "failed"
+
+    return [verdict(at, one) for at, one in enumerate(tuned.sequence)]
 
 
 def _gains(tuned: Tuned) -> list[tuple[str, str, str, str]]:

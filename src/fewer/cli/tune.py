@@ -66,7 +66,9 @@ def tune(
     parted(examples, loss, confidence, measure, seed)
     for place in (plan, folder / "report.html"):
         _room(place)
-    loaded, processor, host = _loaded(model, examples, max_new_tokens, unseen)
+    loaded, processor, host = _loaded(model, examples, max_new_tokens)
+    if host is not None:
+        model = "reference-vlm"
     columns = (TextColumn("{task.description:44s}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=err) as progress:
         bars: dict[str, Any] = {}
@@ -117,7 +119,7 @@ def _room(place: Path) -> None:
         raise FewerError(f"{place} cannot be written: {above if not above.is_dir() else place} is in the way")
 
 
-def _loaded(name: str, examples: Any, most: int, unseen: bool) -> tuple[Any, Any, Any]:
+def _loaded(name: str, examples: Any, most: int) -> tuple[Any, Any, Any]:
     """The model, its tokenizer or processor, and for the reference model who asks it."""
     if not any(one.images for one in examples):
         from fewer.models import load

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 
+from fewer import fit
 from fewer.fit import wants
 from fewer.methods import METHODS, family_of, of_family, resolve, resolve_prompt, resolve_store
 from fewer.tuning.setting import Held, Setting, Text
@@ -31,7 +32,7 @@ DEFAULTS: dict[tuple[str, str], tuple[str, ...]] = {
 
 
 def candidates(
-    reads: str, aim: str, methods: Sequence[str] | None = None, fits: Sequence[tuple[str, str]] = ()
+    reads: str, aim: str, methods: Sequence[str] | None = None, fits: Sequence[tuple[fit.Fit, str]] = ()
 ) -> list[Setting]:
     """Settings to try, every method at every keep.
 
@@ -41,17 +42,21 @@ def candidates(
         methods: names, left out the defaults: a cache's ("snapkv"), with a store ("snapkv+kivi-4bit"), a form of
             storage by itself ("kivi-4bit"), a prompt's ("llmlingua2"), visual tokens' ("divprune"), several stages
             ("divprune>fastv"). Methods of prompts and of caches are also tried together later.
-        fits: files of methods that have to be fitted, with their methods' names; those are tried too.
+        fits: what was fitted for methods that need it, with the files; those are tried too.
 
     Raises:
         UnknownName, FewerError: a name is none of these, or means nothing for the model or the aim.
     """
     if aim not in AIMS:
         raise UnknownName(f"aim={aim!r}: make small one of {', '.join(AIMS)}")
-    given = dict(fits)
+    given = {made.method: (made.digest, path) for made, path in fits}
+    if len(given) < len(fits):
+        raise FewerError(f"fit: two files are for one method; give one of {', '.join(path for _, path in fits)}")
     names = [*(DEFAULTS[reads, aim] if methods is None else methods)]
+    if methods is not None and (spare := [name for name in given if not any(name in one for one in names)]):
+        raise FewerError(f"fit: a file is for {spare[0]}, which is not among the methods asked for")
     if methods is None:
-        names += [name for name in given if name not in names]
+        names += [f"{name}{store}" for name in given for store in ("", "+kivi-4bit") if name not in names]
     found: dict[Setting, None] = {}
     for name in names:
         found.update(dict.fromkeys(_settings(reads, aim, name, given)))
@@ -63,7 +68,7 @@ def joined(texts: Sequence[Setting], helds: Sequence[Setting]) -> list[Setting]:
     return [Setting(one.text, two.held) for one, two in product(texts, helds)]
 
 
-def _settings(reads: str, aim: str, name: str, fits: dict[str, str]) -> list[Setting]:
+def _settings(reads: str, aim: str, name: str, fits: dict[str, tuple[str, str]]) -> list[Setting]:
     stages, _, store = name.partition("+")
     parts = tuple(stages.split(">"))
     known = METHODS.get(parts[0])
@@ -88,7 +93,8 @@ def _settings(reads: str, aim: str, name: str, fits: dict[str, str]) -> list[Set
         raise FewerError(f"methods: {name!r} has to be fitted first: `fewer fit {parts[0]}`, and give the file")
     method = parts if len(parts) > 1 else parts[0]
     only = "visual" if visual and len(parts) == 1 and parts[0] in of_family("kv") else None
-    held = Held(method, store=store or None, fit=fits.get(parts[0]), only=only)
+    digest, path = fits.get(parts[0], (None, None))
+    held = Held(method, store=store or None, fit=path, fit_digest=digest, only=only)
     if getattr(made[0], "whole", False) or parts[0] == "full":
         return [Setting(held=held)]
     return [Setting(held=replace(held, keep=keep)) for keep in (VISUAL_KEEPS if visual else KEEPS)]

@@ -101,7 +101,7 @@ def tune(
         raise FewerError("tune(processor=None): give the model's tokenizer, or a vision-language model's processor")
     reads = "pictures" if vlm_layout.is_vlm(model) else "texts"
     fitted = [(fits.load(path), str(Path(path).resolve())) for path in fit]
-    tried = candidates(reads, aim, methods, [(one.method, path) for one, path in fitted])
+    tried = candidates(reads, aim, methods, fitted)
     made: Any = host
     if made is None and reads == "pictures":
         made = Pictures(model, processor, most=max_new_tokens)
@@ -121,6 +121,8 @@ def tune(
         )
 
     found, notes = race(bench, tried, choosing, loss)
+    if twice := len(examples) - len({one.key for one in examples}):
+        notes.append(f"{twice} examples stand there twice and count once: weigh that where live requests repeat too")
     found = _joined(bench, found, choosing, loss)
     history: tuple[float, ...] = ()
     if levels and isinstance(made, Texts) and aim != "tokens":

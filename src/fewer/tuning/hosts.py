@@ -208,13 +208,22 @@ class Pictures:
         self.model, self.processor, self.most = model, processor, most
         self.write, self.see = write or self._turn, see or (lambda picture: picture)
 
+    def check(self, examples: Sequence[Example]) -> None:
+        """Raise for examples that cannot be asked, before hours are spent on others."""
+        for example in examples:
+            if not example.images:
+                raise FewerError(
+                    f"example {example.line} has no image, and {type(self.model).__name__} is asked about them"
+                )
+            for name in example.images:
+                try:
+                    self.picture(name)
+                except FewerError as why:
+                    raise FewerError(f"example {example.line}: {why}") from None
+
     @torch.inference_mode()
     def ask(self, example: Example, settings: Sequence[Setting]) -> list[Answer]:
         """One answer a setting, in their order."""
-        if not example.images:
-            raise FewerError(
-                f"example {example.line} has no image, and {type(self.model).__name__} is asked about them"
-            )
         images = [self.see(self.picture(name)) for name in example.images]
         answers = []
         for setting in settings:

@@ -43,7 +43,8 @@ class Text:
 class Held:
     """What `fewer.compress` is asked; `method` a name, or the names of stages; the rest as there, None where left out.
 
-    `fit` is the file of a method that has to be fitted to its model.
+    `fit` is the file of a method that has to be fitted to its model, `fit_digest` what is in it: another fit at that
+    place is refused.
     """
 
     method: str | tuple[str, ...]
@@ -52,6 +53,7 @@ class Held:
     when: str | None = None
     every: int | None = None
     fit: str | None = None
+    fit_digest: str | None = None
     schedule: str | None = None
     per: str | None = None
     counted: str | None = None
@@ -66,12 +68,15 @@ class Held:
         if self.fit is not None:
             if not fits.wants(made):
                 raise FewerError(f"fit={self.fit!r}: {self.method} is not fitted to anything; leave it out")
-            made = replace(made, fit=fits.load(self.fit, self.method))
+            fit = fits.load(self.fit, self.method)
+            if self.fit_digest not in (None, fit.digest):
+                raise FewerError(f"fit={self.fit!r} holds another fit than the setting was made with; tune again")
+            made = replace(made, fit=fit)
         return made
 
     def options(self) -> dict[str, Any]:
         """What is passed on to `fewer.compress` beside the method and keep."""
-        names = [f.name for f in fields(self) if f.name not in ("method", "keep", "fit")]
+        names = [f.name for f in fields(self) if f.name not in ("method", "keep", "fit", "fit_digest")]
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def check(self) -> None:
