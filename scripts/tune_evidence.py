@@ -2,7 +2,7 @@
 
     python scripts/tune_evidence.py [--part texts|pictures]
 
-Each part draws 210 examples, tunes on them at loss 0.02 and confidence 0.95, and then asks 60 that the search has
+Each part draws examples, tunes on them at loss 0.02 and confidence 0.95, and then asks 60 that the search has
 never had, once under the plan and once under each fixed method with exactly the plan's bytes for that prompt. Answers
 are kept under out/tune-evidence as they come; the same command goes on from them. What is found goes to
 results/tune.json.
@@ -37,8 +37,9 @@ from fewer_eval.looking.remembered import Remembered
 from fewer_eval.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "tune.md"
 RESULTS, KEPT = ROOT / "results" / "tune.json", ROOT / "out" / "tune-evidence"
-N, FRESH, TOKENS = 210, 60, 500
+FRESH, TOKENS = 60, 500
 LOSS, CONFIDENCE = 0.02, 0.95
 CACHES = ("kvzip", "keydiff", "lagkv", "adakv", "tova")
 METHODS = ("keydiff", *(f"{name}+kivi-4bit" for name in CACHES), "kivi-8bit", "kivi-4bit", "kivi-2bit")
@@ -56,6 +57,8 @@ class Part:
     host: Any
     processor: Any
     draw: Callable[[int, int], list[Example]]
+    n: int
+    """Examples to tune on: more where they cost less."""
     fixed: Callable[[float], list[Setting]]
     """Settings that hold so many bytes, or so large a share."""
 
@@ -82,7 +85,7 @@ def texts() -> Part:
     def fixed(size: float) -> list[Setting]:
         return [Setting(held=Held(name, f"{int(size)}B", store=store)) for name, store in FIXED]
 
-    return Part("texts", METHODS, host, tokenizer, questions(tokenizer), fixed)
+    return Part("texts", METHODS, host, tokenizer, questions(tokenizer), 210, fixed)
 
 
 class Remembering(Pictures):
@@ -123,7 +126,7 @@ def pictures() -> Part:
         ]
         return [Setting(held=Held(method, round(keep, 4), counted=how)) for method, how in held]
 
-    return Part("pictures", VISUAL, Remembering(model, processor, drawn), processor, draw, fixed)
+    return Part("pictures", VISUAL, Remembering(model, processor, drawn), processor, draw, 800, fixed)
 
 
 def beside(part: Part, found: Tuned, tick: Any) -> dict[str, Any]:
@@ -158,6 +161,48 @@ def beside(part: Part, found: Tuned, tick: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def page(state: dict[str, Any]) -> str:
+    """What docs/tune.md says of the results."""
+    told = []
+    for name, what in (
+        ("texts", f"**The default model**, needles in {TOKENS} tokens and questions about six documents, half each"),
+        (
+            "pictures",
+            "**The reference vision-language model** (trained for this, not a general one), six kinds of questions",
+        ),
+    ):
+        if name not in state:
+            continue
+        said = state[name]
+        sizes = said["parts"]
+        told += [
+            f"{what}: {sizes['search']} examples to search with, {sizes['calibration']} to calibrate, "
+            f"{sizes['held out']} held out; {said['wall_seconds'] / 60:.0f} minutes, "
+            f"{said['cpu_seconds'] / 60:.0f} of them on the processor, beside other work.\n",
+            f"> {said['promise']}\n",
+        ]
+        if said["fresh"] is None:
+            continue
+        fresh = said["fresh"]
+        told += [
+            f"On {fresh['examples']} fresh examples, the full model gets {fresh['full model right']:.2f}, beside "
+            + (
+                "fixed methods with the plan's bytes for each prompt"
+                if name == "texts"
+                else "fixed methods at as many tokens"
+            )
+            + ":\n",
+            "| setting | loss | MB | tokens read | n |",
+            "| --- | --- | --- | --- | --- |",
+            *(
+                f"| {one['setting']} | {one['loss']:.3f} | {one['bytes'] / 1e6:.2f} | {one['tokens']:.0f} | {one['n']} |"  # noqa: E501
+                for one in fresh["lines"]
+            ),
+            "",
+        ]
+    return "\n".join(told)
+
+
 def named(setting: Setting) -> str:
     assert setting.held is not None
     method = setting.held.method if isinstance(setting.held.method, str) else " > ".join(setting.held.method)
@@ -180,7 +225,7 @@ def main() -> int:
 
             wall, busy = time.perf_counter(), time.process_time()
             found = tune(
-                part.host.model, part.draw(N, 0), loss=LOSS, confidence=CONFIDENCE, methods=part.methods,
+                part.host.model, part.draw(part.n, 0), loss=LOSS, confidence=CONFIDENCE, methods=part.methods,
                 host=part.host, record=KEPT / f"{name}.jsonl", name="default", tick=tick,
             )  # fmt: skip
             wall, busy = time.perf_counter() - wall, time.process_time() - busy
@@ -193,6 +238,10 @@ def main() -> int:
             said.update(wall_seconds=before["wall_seconds"], cpu_seconds=before["cpu_seconds"])
         state.update({"date": date.today().isoformat(), name: said})
         RESULTS.write_text(json.dumps(state, indent=1) + "\n")
+        before, _, rest = PAGE.read_text().partition("<!-- evidence -->")
+        PAGE.write_text(
+            f"{before}<!-- evidence -->\n{page(state)}\n<!-- /evidence -->{rest.partition('<!-- /evidence -->')[2]}"
+        )
         report.write_tuned(KEPT / f"{name}.html", found)
         print(found.promise)
         for line in (fresh or {}).get("lines", []):

@@ -33,8 +33,10 @@ def test_a_candidate_goes_out_when_its_loss_would_be_rare() -> None:
 def test_the_frontier_and_what_stands_behind_it() -> None:
     rows = [row(0.5, 0.0), row(0.4, 0.1), row(0.3, 0.1), row(0.2, 0.3), row(0.6, 0.0), row(0.25, 0.2)]
     assert [one.setting.held.keep for one in frontier(rows, "memory")] == [0.2, 0.25, 0.3, 0.5]
-    assert [one.setting.held.keep for one in best(rows, "memory", 5)] == [0.2, 0.25, 0.3, 0.5, 0.4]
-    assert {one.setting.held.keep for one in best(rows, "memory", 9)} == {0.2, 0.25, 0.3, 0.5, 0.4, 0.6}
+    # of 8 rungs between 0.2 and 0.6 each of these has one of its own: the four dearest first, then from the frontier
+    assert [one.setting.held.keep for one in best(rows, "memory", 8)] == [0.6, 0.5, 0.4, 0.3, 0.2, 0.25]
+    assert [one.setting.held.keep for one in best(rows, "memory", 2)] == [0.6, 0.2]
+    assert best([], "memory", 3) == [] and best(rows[:1], "memory", 3) == rows[:1]
 
 
 def test_the_ladder_goes_down_in_cost_and_takes_the_best_of_each_rung() -> None:

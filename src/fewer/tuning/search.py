@@ -118,14 +118,30 @@ def plausible(loss: float, n: int, asked: float) -> bool:
 
 
 def best(found: Sequence[Measured], aim: str, many: int) -> list[Measured]:
-    """So many settings, those first that no other beats in both loss and cost, then those that only these beat..."""
-    left = sorted(found, key=lambda one: (one.cost(aim), one.loss))
-    chosen: list[Measured] = []
+    """So many settings: on each rung of cost the one that lost least, so that safe ones are there to be promised; and
+    then those that no other beats in both loss and cost, those that only these beat, and so on."""
+    rungs = banded(found, aim, max((one.cost(aim) for one in found), default=0.0))
+    chosen = [min(rung, key=lambda one: (one.loss, one.cost(aim))) for rung in rungs][: many // 2]
+    left = [one for one in found if one not in chosen]
     while left and len(chosen) < many:
         layer = frontier(left, aim)
         left = [one for one in left if one not in layer]
         chosen += layer
     return chosen[:many]
+
+
+def banded(found: Sequence[Measured], aim: str, high: float) -> list[list[Measured]]:
+    """Settings by their cost: at most `RUNGS` bands of equal width on a logarithmic scale up to `high`, dearest first;
+    empty ones are left out, as is what costs nothing."""
+    able = [one for one in found if 0 < one.cost(aim) <= high]
+    if not able:
+        return []
+    low = min(one.cost(aim) for one in able)
+    width = math.log(high / low) / RUNGS
+    bands: dict[int, list[Measured]] = defaultdict(list)
+    for one in able:
+        bands[min(RUNGS - 1, int(math.log(one.cost(aim) / low) / width)) if width else 0].append(one)
+    return [bands[band] for band in sorted(bands, reverse=True)]
 
 
 def frontier(found: Sequence[Measured], aim: str) -> list[Measured]:
@@ -141,22 +157,15 @@ def ladder(bench: Bench, found: Sequence[Measured], full: Measured, examples: Se
     """At most so many rungs between the full cost and the cheapest: on each the setting that lost least there, and of
     those the one whose answers changed least. A rung that strains more than a cheaper one is left out: testing stops at
     the first that fails. What costs no less than the full model has no rung."""
-    able = [one for one in found if 0 < one.cost(bench.aim) < full.cost(bench.aim)]
-    if not able:
-        return []
-    low, high = min(one.cost(bench.aim) for one in able), full.cost(bench.aim)
-    width = math.log(high / low) / RUNGS
-    rungs: dict[int, list[Measured]] = defaultdict(list)
-    for one in able:
-        rungs[min(RUNGS - 1, int(math.log(one.cost(bench.aim) / low) / width))].append(one)
+    able = [one for one in found if one.cost(bench.aim) < full.cost(bench.aim)]
 
     def strain(one: Measured) -> tuple[float, float, float]:
         differs = fmean(bench.lost(example, one.setting, changed) for example in examples)
         return one.loss, differs, one.cost(bench.aim)
 
     steps: list[tuple[Measured, tuple[float, float, float]]] = []
-    for rung in sorted(rungs):  # from the cheapest
-        one = min(rungs[rung], key=strain)
+    for rung in reversed(banded(able, bench.aim, full.cost(bench.aim))):  # from the cheapest
+        one = min(rung, key=strain)
         if not steps or strain(one)[:2] <= steps[-1][1][:2]:
             steps.append((one, strain(one)))
     return [one for one, _ in reversed(steps)]
