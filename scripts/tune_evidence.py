@@ -1,10 +1,10 @@
 """The evidence for `fewer tune`: the plan that it finds on real models, beside fixed methods at the same bytes.
 
-    python scripts/tune_evidence.py [--part texts|pictures]
+    python scripts/tune_evidence.py [--part texts|pictures|pictures-0.05]
 
-Each part draws examples, tunes on them at loss 0.02 and confidence 0.95, and then asks 60 that the search has
-never had, once under the plan and once under each fixed method with exactly the plan's bytes for that prompt. Answers
-are kept under out/tune-evidence as they come; the same command goes on from them. What is found goes to
+Each part draws examples, tunes on them at loss 0.02, or as its name says, and confidence 0.95, and then asks 60 that
+the search has never had, once under the plan and once under each fixed method with exactly the plan's bytes for that
+prompt. Answers are kept under out/tune-evidence as they come; the same command goes on from them. What is found goes to
 results/tune.json.
 """
 
@@ -40,7 +40,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "tune.md"
 RESULTS, KEPT = ROOT / "results" / "tune.json", ROOT / "out" / "tune-evidence"
 FRESH, TOKENS = 60, 500
-LOSS, CONFIDENCE = 0.02, 0.95
+CONFIDENCE = 0.95
 CACHES = ("kvzip", "keydiff", "lagkv", "adakv", "tova")
 METHODS = ("keydiff", *(f"{name}+kivi-4bit" for name in CACHES), "kivi-8bit", "kivi-4bit", "kivi-2bit")
 FIXED = tuple((name, store) for name in ("random", *CACHES) for store in (None, "kivi-4bit"))
@@ -61,6 +61,8 @@ class Part:
     """Examples to tune on: more where they cost less."""
     fixed: Callable[[float], list[Setting]]
     """Settings that hold so many bytes, or so large a share."""
+    loss: float = 0.02
+    seed: int = 0
 
 
 def questions(tokenizer: Any) -> Callable[[int, int], list[Example]]:
@@ -103,7 +105,7 @@ class Remembering(Pictures):
             return super().ask(example, settings)
 
 
-def pictures() -> Part:
+def pictures(name: str = "pictures", loss: float = 0.02, seed: int = 0) -> Part:
     model, processor = reference_vlm.load(say=print)
     drawn: dict[str, Any] = {}
 
@@ -126,7 +128,7 @@ def pictures() -> Part:
         ]
         return [Setting(held=Held(method, round(keep, 4), counted=how)) for method, how in held]
 
-    return Part("pictures", VISUAL, Remembering(model, processor, drawn), processor, draw, 800, fixed)
+    return Part(name, VISUAL, Remembering(model, processor, drawn), processor, draw, 800, fixed, loss, seed)
 
 
 def beside(part: Part, found: Tuned, tick: Any) -> dict[str, Any]:
@@ -209,13 +211,20 @@ def named(setting: Setting) -> str:
     return method + (f" in {setting.held.store}" if setting.held.store else "")
 
 
+PARTS: dict[str, Callable[[], Part]] = {
+    "texts": texts,
+    "pictures": pictures,
+    "pictures-0.05": lambda: pictures("pictures-0.05", 0.05, 1),
+}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("texts", "pictures"), action="append")
+    parser.add_argument("--part", choices=tuple(PARTS), action="append")
     options = parser.parse_args()
     columns = (TextColumn("{task.description:48s}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    for name in options.part or ("texts", "pictures"):
-        part = texts() if name == "texts" else pictures()
+    for name in options.part or PARTS:
+        part = PARTS[name]()
         with Progress(*columns) as progress:
             bars: dict[str, Any] = {}
 
@@ -225,8 +234,8 @@ def main() -> int:
 
             wall, busy = time.perf_counter(), time.process_time()
             found = tune(
-                part.host.model, part.draw(part.n, 0), loss=LOSS, confidence=CONFIDENCE, methods=part.methods,
-                host=part.host, record=KEPT / f"{name}.jsonl", name="default", tick=tick,
+                part.host.model, part.draw(part.n, part.seed), loss=part.loss, confidence=CONFIDENCE,
+                methods=part.methods, host=part.host, record=KEPT / f"{name}.jsonl", name="default", tick=tick,
             )  # fmt: skip
             wall, busy = time.perf_counter() - wall, time.process_time() - busy
             fresh = beside(part, found, tick) if found.chosen is not None else None

@@ -155,7 +155,7 @@ def compress(
         if names:
             raise FewerError(f"compress({', '.join(f'{name}=...' for name in names)}) means nothing for {kind}")
 
-    if isinstance(method, (str, Path)) or hasattr(method, "setting"):
+    if isinstance(method, Path) or (isinstance(method, str) and method.endswith(".toml")) or hasattr(method, "setting"):
         from fewer.tuning.planfile import TunedPlan  # it compresses by this very function
 
         if (plan := TunedPlan.of(method)) is not None:
