@@ -2,7 +2,7 @@
 
     python scripts/tune_evidence.py [--part texts|pictures|pictures-0.05]
 
-Each part draws examples, tunes on them at loss 0.02, or as its name says, and confidence 0.95, and then asks 60 that
+Each part draws examples, tunes on them at loss 0.02, or as its name says, and confidence 0.95, and then asks 40 that
 the search has never had, once under the plan and once under each fixed method with exactly the plan's bytes for that
 prompt. Answers are kept under out/tune-evidence as they come; the same command goes on from them. What is found goes to
 results/tune.json.
@@ -39,7 +39,7 @@ from fewer_eval.tasks import TASKS
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "tune.md"
 RESULTS, KEPT = ROOT / "results" / "tune.json", ROOT / "out" / "tune-evidence"
-FRESH, TOKENS = 60, 500
+FRESH, TOKENS = 40, 500
 CONFIDENCE = 0.95
 CACHES = ("kvzip", "keydiff", "lagkv", "adakv", "tova")
 METHODS = ("keydiff", *(f"{name}+kivi-4bit" for name in CACHES), "kivi-8bit", "kivi-4bit", "kivi-2bit")
