@@ -13,7 +13,8 @@ import json
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -43,7 +44,7 @@ FRESH, TOKENS = 40, 500
 CONFIDENCE = 0.95
 CACHES = ("kvzip", "keydiff", "lagkv", "adakv", "tova")
 METHODS = ("keydiff", *(f"{name}+kivi-4bit" for name in CACHES), "kivi-8bit", "kivi-4bit", "kivi-2bit")
-FIXED = tuple((name, store) for name in ("random", *CACHES) for store in (None, "kivi-4bit"))
+FIXED = tuple((name, store) for name in ("random", "uniform", *CACHES) for store in (None, "kivi-4bit"))
 VISUAL = ("divprune", "cdpruner", "vispruner", "visionzip", "visual-pooling", "fastv", "pyramiddrop", "divprune>fastv")
 SEEN = ("beside", "cell", "colour", "count", "word", "kind")
 
@@ -145,8 +146,8 @@ def beside(part: Part, found: Tuned, tick: Any) -> dict[str, Any]:
         size = plan.bytes if part.name == "texts" else 1 - (full.tokens - plan.tokens) / 256 / len(example.images)
         fixed = part.fixed(size)
         bench.one(example, fixed)
-        for setting in (found.chosen, *fixed):
-            name = "plan" if setting == found.chosen else named(setting)
+        for setting in (Setting(), found.chosen, *fixed):
+            name = "full" if setting == Setting() else "plan" if setting == found.chosen else named(setting)
             answer = bench.answer(example, setting)
             if not answer.refused:
                 losses.setdefault(name, []).append(bench.lost(example, setting))
@@ -211,6 +212,20 @@ def named(setting: Setting) -> str:
     return method + (f" in {setting.held.store}" if setting.held.store else "")
 
 
+@contextmanager
+def timed(path: Path) -> Iterator[None]:
+    """Add what passes inside to the seconds in a file: a search that is broken off and taken up again took both."""
+    before = json.loads(path.read_text()) if path.exists() else {"wall_seconds": 0.0, "cpu_seconds": 0.0}
+    wall, cpu = time.perf_counter(), time.process_time()
+    try:
+        yield
+    finally:
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        path.parent.mkdir(parents=True, exist_ok=True)
+        spent = {"wall_seconds": before["wall_seconds"] + wall, "cpu_seconds": before["cpu_seconds"] + cpu}
+        path.write_text(json.dumps({**before, **spent}))
+
+
 PARTS: dict[str, Callable[[], Part]] = {
     "texts": texts,
     "pictures": pictures,
@@ -232,19 +247,15 @@ def main() -> int:
                 bars.setdefault(what, progress.add_task(what, total=total) if what not in bars else None)
                 progress.update(bars[what], completed=done)
 
-            wall, busy = time.perf_counter(), time.process_time()
-            found = tune(
-                part.host.model, part.draw(part.n, part.seed), loss=part.loss, confidence=CONFIDENCE,
-                methods=part.methods, host=part.host, record=KEPT / f"{name}.jsonl", name="default", tick=tick,
-            )  # fmt: skip
-            wall, busy = time.perf_counter() - wall, time.process_time() - busy
+            with timed(KEPT / f"{name}-seconds.json"):
+                found = tune(
+                    part.host.model, part.draw(part.n, part.seed), loss=part.loss, confidence=CONFIDENCE,
+                    methods=part.methods, host=part.host, record=KEPT / f"{name}.jsonl", name="default", tick=tick,
+                )  # fmt: skip
             fresh = beside(part, found, tick) if found.chosen is not None else None
         found = replace(found, hardware=environment.hardware(), versions={**environment.versions(), **found.versions})
-        said = {**found.to_dict(), "fresh": fresh, "wall_seconds": wall, "cpu_seconds": busy}
+        said = {**found.to_dict(), "fresh": fresh, **json.loads((KEPT / f"{name}-seconds.json").read_text())}
         state = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        before = state.get(name, {})
-        if before.get("wall_seconds", 0) > wall:  # taken up again: most answers were there
-            said.update(wall_seconds=before["wall_seconds"], cpu_seconds=before["cpu_seconds"])
         state.update({"date": date.today().isoformat(), name: said})
         RESULTS.write_text(json.dumps(state, indent=1) + "\n")
         before, _, rest = PAGE.read_text().partition("<!-- evidence -->")

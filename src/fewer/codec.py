@@ -50,6 +50,16 @@ class Codec(Protocol):
 Stores = tuple[Codec | None, ...]
 
 
+def held_bytes(store: Codec | None, tokens: int, d: int, e: int, itemsize: int) -> int:
+    """Bytes of one head's tokens in one form, without positions; those that do not fill a block wait in full
+    precision."""
+    entry = (d + e) * itemsize
+    if store is None:
+        return tokens * entry
+    whole = tokens // store.block * store.block
+    return store.bytes_for(whole, d, e, itemsize) + (tokens - whole) * entry
+
+
 @runtime_checkable
 class PairCodec(Protocol):
     """One form of storage for two layers at once, which hold the same tokens."""

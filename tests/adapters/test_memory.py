@@ -10,6 +10,9 @@ from torch import Tensor
 import fewer
 from fewer.methods.kv.adakv import AdaKV
 from fewer.methods.kv.h2o import H2O
+from fewer.methods.kv.kivi import KIVI
+from fewer.methods.kv.pyramidkv import PyramidKV
+from fewer.methods.kv.snapkv import SnapKV
 from fewer.methods.kv.streaming_llm import StreamingLLM
 from fewer.types import Tokens
 from tests.adapters.common import ADA, FAMILIES, MORE_METHODS, PAIRS, SNAP, cached, held, newborn, tensors_in, turns
@@ -162,3 +165,32 @@ def test_a_budget_in_bytes_is_shared_by_the_rows() -> None:
         cached(model, cache, prompt(N, rows=3))
         assert 19_000 <= cache.report.bytes_kept <= 20_000
         assert len(set(cache.report.layers[0].kept)) == 1
+
+
+BLOCKS = KIVI(bits=4, group=8, residual=16)
+
+
+@pytest.mark.parametrize("size", [20_000, 30_000, 45_000, 60_000])
+@pytest.mark.parametrize("name", ["knorm", "pyramidkv", "adakv", "kvzip", "random"])
+def test_a_budget_in_bytes_is_filled_where_blocks_are_packed(name: str, size: int) -> None:
+    """Blocks of 16: what waits for its block to fill takes seven times the bytes, and bytes are a ceiling all the same,
+    however heads and layers share. Where all heads hold as many, one token more would be too much, or a block less."""
+    model = tiny("llama")
+    method: Any = {"adakv": AdaKV(OneHead(), floor=0.1), "pyramidkv": PyramidKV(window=8)}.get(name, name)
+    with fewer.Cache(model, method, f"{size}B", store=BLOCKS) as cache:
+        cached(model, cache, prompt(N, rows=2))
+        counts = [count for layer in cache.report.layers for row in layer.kept for count in row]
+        assert held(cache) == cache.report.bytes_kept <= size
+        assert cache.report.bytes_kept > 0.7 * size or min(counts) == N
+    if len(set(counts)) == 1 and counts[0] < N:
+        with fewer.Cache(model, method, counts[0] + 1, store=BLOCKS) as more:
+            cached(model, more, prompt(N, rows=2))
+            assert more.report.bytes_kept > size
+
+
+def test_blocks_that_fill_leave_room_for_a_window() -> None:
+    """A window that would be too much if all of its last block waited."""
+    model, snap = tiny("llama"), SnapKV(window=32)
+    with fewer.Cache(model, snap, "10KB", store=BLOCKS) as cache:
+        cached(model, cache, prompt(N))
+        assert min(cache.report.layers[0].kept[0]) >= 32 and cache.report.bytes_kept <= 10_000

@@ -98,7 +98,7 @@ def test_bytes_of_every_method_and_store(name: str, store: str) -> None:
     ids, chosen, how, ran = prompt(N, ROWS), method(name), {"store": STORES[store]}, 0
     if STORES[store] is not None and not getattr(chosen, "whole", False):
         how["when"] = "prefill"  # what is packed cannot be held at a fixed size
-    for keep in (1.0, 0.4) if STORES[store] else (1.0, 0.5, 70, "200KB"):
+    for keep in (1.0, 0.4, "160KB") if STORES[store] else (1.0, 0.5, 70, "200KB"):
         try:
             report = read("llama", chosen, keep, ids, **how)
         except FewerError as refused:

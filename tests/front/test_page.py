@@ -6,24 +6,17 @@ from typing import Any
 import pytest
 
 from tests.front.served import serving
+from tests.front.visit import Visit
 
 WORDS = "one two three four five six seven eight nine ten"
 TEXT = f"Ünïcode 👩‍👩‍👧 first.\n{WORDS}\n<b>last</b> & done"
 
 
-class Visit:
-    """A page, with what it asked for, and what it complained of."""
+class Served(Visit):
+    """The server's page, once its methods are there."""
 
     def __init__(self, browser: Any, origin: str, **options: Any) -> None:
-        self.context = browser.new_context(**{"viewport": {"width": 1000, "height": 900}, **options})
-        self.page = self.context.new_page()
-        self.page.set_default_timeout(10_000)
-        self.asked: list[str] = []
-        self.said: list[str] = []
-        self.page.on("request", lambda request: self.asked.append(request.url))
-        self.page.on("console", lambda message: self.said.append(message.text))
-        self.page.on("pageerror", lambda why: self.said.append(str(why)))
-        self.page.goto(origin + "/")
+        super().__init__(browser, origin + "/", **options)
         self.page.wait_for_selector("#method option", state="attached")
 
     def text(self, selector: str) -> str:
@@ -43,17 +36,15 @@ class Visit:
 
 
 @pytest.fixture
-def visit(browser: Any) -> Iterator[Visit]:
+def visit(browser: Any) -> Iterator[Served]:
     with serving() as client:
-        made = Visit(browser, str(client.base_url))
+        made = Served(browser, str(client.base_url))
         yield made
-        assert made.said == []
-        outside = [url for url in made.asked if not url.startswith((str(client.base_url), "data:"))]
-        assert outside == []
-        made.context.close()
+        assert made.outside(str(client.base_url)) == []
+        made.leave()
 
 
-def test_by_keys_alone_a_text_is_shortened_and_given_back(visit: Visit) -> None:
+def test_by_keys_alone_a_text_is_shortened_and_given_back(visit: Served) -> None:
     assert visit.focused() == "text"
     visit.page.keyboard.insert_text(TEXT)  # as a paste does
     visit.press("Tab")
@@ -89,7 +80,7 @@ def test_by_keys_alone_a_text_is_shortened_and_given_back(visit: Visit) -> None:
     assert visit.focused() == "marked"  # what scrolls can be reached
 
 
-def test_dropped_words_are_paler(visit: Visit) -> None:
+def test_dropped_words_are_paler(visit: Served) -> None:
     visit.page.fill("#text", WORDS)
     visit.press("Control+Enter")
     visit.shown("#result")
@@ -98,7 +89,7 @@ def test_dropped_words_are_paler(visit: Visit) -> None:
     assert max(kept) + 60 < min(dropped)
 
 
-def test_tokens_and_errors(visit: Visit) -> None:
+def test_tokens_and_errors(visit: Served) -> None:
     visit.press("Control+Enter")
     assert visit.shown("#error") == "Paste a text first."
     assert visit.focused() == "text"
@@ -119,7 +110,7 @@ def test_tokens_and_errors(visit: Visit) -> None:
 
 def test_the_server_is_gone(browser: Any) -> None:
     with serving() as client:
-        visit = Visit(browser, str(client.base_url))
+        visit = Served(browser, str(client.base_url))
     visit.page.fill("#text", WORDS)
     visit.press("Control+Enter")
     assert "does not answer" in visit.shown("#error")
@@ -130,7 +121,7 @@ def test_the_server_is_gone(browser: Any) -> None:
 def test_on_a_narrow_screen_nothing_is_cut_off(browser: Any, colors: str) -> None:
     with serving() as client:
         size = {"width": 320, "height": 700}
-        visit = Visit(browser, str(client.base_url), viewport=size, color_scheme=colors)
+        visit = Served(browser, str(client.base_url), viewport=size, color_scheme=colors)
         visit.page.fill("#text", f"{TEXT} {'x' * 500}")
         visit.press("Control+Enter")
         visit.shown("#result")
@@ -140,7 +131,7 @@ def test_on_a_narrow_screen_nothing_is_cut_off(browser: Any, colors: str) -> Non
         visit.context.close()
 
 
-def test_everything_has_a_name(visit: Visit) -> None:
+def test_everything_has_a_name(visit: Served) -> None:
     for role, name in [
         ("textbox", "Text"),
         ("combobox", "Method"),

@@ -10,6 +10,7 @@ import pytest
 from fewer_eval.report import write_html, write_tuned
 from tests.evaluation.searched import SCRIPT, make_tuned, make_worst
 from tests.evaluation.test_report import make_info, make_rows
+from tests.front.visit import Visit
 
 
 @pytest.fixture(scope="module")
@@ -20,20 +21,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-class Visit:
-    """A page in a browser that is offline, with what it asked for, and what it complained of."""
+class Report(Visit):
+    """A report in a browser that is offline."""
 
     def __init__(self, browser: Any, path: Path, **options: Any) -> None:
-        self.context = browser.new_context(**{"viewport": {"width": 1000, "height": 900}, "offline": True, **options})
-        self.page = self.context.new_page()
-        self.page.set_default_timeout(10_000)
-        self.asked: list[str] = []
-        self.said: list[str] = []
-        self.page.on("request", lambda request: self.asked.append(request.url))
-        self.page.on("console", lambda message: self.said.append(message.text))
-        self.page.on("pageerror", lambda why: self.said.append(str(why)))
-        self.page.on("dialog", lambda dialog: (self.said.append(dialog.message), dialog.dismiss()))
-        self.page.goto(path.as_uri())
+        super().__init__(browser, path.as_uri(), offline=True, **options)
 
     def click_through(self) -> None:
         """Open what is closed, one after the other, each time checking that something comes to be seen."""
@@ -46,11 +38,10 @@ class Visit:
     def seen(self) -> str:
         return " ".join(str(self.page.inner_text("body")).split())
 
-    def close(self) -> None:
-        """Leave, and check that there were neither complaints nor requests but for the page itself."""
-        self.context.close()
-        assert self.said == []
-        assert [url for url in self.asked if not url.startswith(("file:", "data:"))] == []
+    def leave(self) -> None:
+        """Close it, and check that there were neither complaints nor requests but for the page itself."""
+        super().leave()
+        assert self.outside("file:") == []
         assert sum(url.startswith("file:") for url in self.asked) == 1
 
 
@@ -61,20 +52,20 @@ def view(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 @pytest.fixture
-def compared(browser: Any, folder: Path, view: dict[str, Any]) -> Iterator[Visit]:
-    visit = Visit(browser, folder / "compare.html", **view)
+def compared(browser: Any, folder: Path, view: dict[str, Any]) -> Iterator[Report]:
+    visit = Report(browser, folder / "compare.html", **view)
     yield visit
-    visit.close()
+    visit.leave()
 
 
 @pytest.fixture
-def tuned(browser: Any, folder: Path, view: dict[str, Any]) -> Iterator[Visit]:
-    visit = Visit(browser, folder / "tune.html", **view)
+def tuned(browser: Any, folder: Path, view: dict[str, Any]) -> Iterator[Report]:
+    visit = Report(browser, folder / "tune.html", **view)
     yield visit
-    visit.close()
+    visit.leave()
 
 
-def whole(visit: Visit) -> None:
+def whole(visit: Report) -> None:
     """The page is no wider than the window, and its pictures are there, every cell of the heat maps among them."""
     assert visit.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     for picture in visit.page.locator("svg.fewer-picture").all():
@@ -85,7 +76,7 @@ def whole(visit: Visit) -> None:
         assert image.evaluate(loaded) > 0
 
 
-def test_the_comparison_is_clicked_through(compared: Visit) -> None:
+def test_the_comparison_is_clicked_through(compared: Report) -> None:
     before = compared.seen()
     assert "Where most was lost" in before
     assert "The code is 8431." not in before
@@ -100,7 +91,7 @@ def test_the_comparison_is_clicked_through(compared: Visit) -> None:
     whole(compared)
 
 
-def test_the_search_is_clicked_through(tuned: Visit) -> None:
+def test_the_search_is_clicked_through(tuned: Report) -> None:
     before = tuned.seen()
     assert make_tuned().promise in before
     assert "held.keep" not in before
@@ -117,16 +108,16 @@ def test_the_search_is_clicked_through(tuned: Visit) -> None:
 
 def test_the_two_answers_stand_side_by_side_and_on_a_phone_below_each_other(browser: Any, folder: Path) -> None:
     for width, beside in ((1000, True), (390, False)):
-        visit = Visit(browser, folder / "tune.html", viewport={"width": width, "height": 900})
+        visit = Report(browser, folder / "tune.html", viewport={"width": width, "height": 900})
         left, right = (one.bounding_box() for one in visit.page.locator(".pair").first.locator("> div").all())
         assert (left["y"] == right["y"]) is beside
-        visit.close()
+        visit.leave()
 
 
 def test_a_page_that_asks_for_something_or_complains_is_noticed(browser: Any, tmp_path: Path) -> None:
     for planted in ('<img src="https://a.example/x.png">', "<script>alert(1)</script>", "<script>nothing()</script>"):
         (tmp_path / "bad.html").write_text(f"<!doctype html><title>x</title>{planted}", encoding="utf-8")
-        visit = Visit(browser, tmp_path / "bad.html")
+        visit = Report(browser, tmp_path / "bad.html")
         visit.page.wait_for_load_state()
         with pytest.raises(AssertionError):
-            visit.close()
+            visit.leave()

@@ -84,7 +84,7 @@ class Counting(Texts):
         return super().ask(example, settings)
 
 
-@pytest.mark.parametrize("stop", [1, 12, 30])
+@pytest.mark.parametrize("stop", [3, 30])
 def test_a_search_that_was_broken_off_goes_on(host: Texts, found: Tuned, tmp_path: Path, stop: int) -> None:
     record = tmp_path / "record" / "answers.jsonl"
     one = Counting(host.model, host.tokenizer, most=4)

@@ -33,10 +33,16 @@ def compress(sources: "Sequence[Layer]", targets: "Sequence[Layer]", phase: Phas
         budget = policy.budget.within(sources[0].cost(policy))
         looked = [source.look(policy.method, phase) for source in sources]
         rated = [rate(policy.method, tokens) for tokens, _, _ in looked]
-        _room(policy, budget, rated, sources[0].cost(policy))
         every: dict[type, Any] = {EveryLayer: LayerScores(tuple(rated))}
-        for target, (tokens, dense, order), scores in zip(targets, looked, rated, strict=True):
-            tokens = replace(tokens, signals={**tokens.signals, **every})
+        known = [replace(tokens, signals={**tokens.signals, **every}) for tokens, _, _ in looked]
+
+        def counts(budget: Budget) -> list[int]:
+            plans = [settle(policy.method, budget, *one, check=False) for one in zip(known, rated, strict=True)]
+            return [count for plan in plans for count in plan.counts.flatten().tolist()]
+
+        budget = sources[0].fill(policy, budget, counts)
+        _room(policy, budget, rated, sources[0].cost(policy))
+        for target, tokens, (_, dense, order), scores in zip(targets, known, looked, rated, strict=True):
             plan = settle(policy.method, budget, tokens, scores)
             asked = policy.method.budget(tokens.site.layer) if isinstance(policy.method, Levels) else budget
             target.taken(target._take(plan, dense, order, asked, tokens.signals))

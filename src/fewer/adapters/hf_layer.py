@@ -23,7 +23,7 @@ from fewer.codec import unpacked
 from fewer.ragged import Dense, runs
 from fewer.signals import Step
 from fewer.signals.visual import VisualEntries
-from fewer.types import FewerError, Method, Phase, Site, Tokens, UnsupportedModel
+from fewer.types import Budget, FewerError, Method, Phase, Site, Tokens, UnsupportedModel
 
 
 class Layer(Held):  # type: ignore[no-untyped-call]
@@ -297,3 +297,9 @@ class Layer(Held):  # type: ignore[no-untyped-call]
         b, h, _, d = self.keys.shape
         e, size, places = self.values.shape[-1], self.keys.element_size(), b * h * self.shared.layers
         return lambda tokens: int(places * policy.bytes_for(tokens, d, e, size))
+
+    def fill(self, policy: Policy, budget: Budget, counts: Callable[[Budget], list[int]]) -> Budget:
+        """More tokens than that where the bytes that were asked for have room; see `Policy.fill`."""
+        b, h, _, d = self.keys.shape
+        e, size, places = self.values.shape[-1], self.keys.element_size(), b * h * self.shared.layers
+        return policy.fill(budget, counts, max(self.real), d, e, size, places=places)

@@ -1,8 +1,8 @@
 """What the layers of one cache do, and when; and what they have in common."""
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 from weakref import ref
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fewer.adapters.hf_bind import Host
-from fewer.codec import POSITION_BYTES, Codec, PairCodec, Stores
+from fewer.codec import POSITION_BYTES, Codec, PairCodec, Stores, held_bytes
 from fewer.types import Budget, FewerError, FewerWarning, Method, Phase, UnsupportedModel
 
 if TYPE_CHECKING:
@@ -105,7 +105,55 @@ class Policy:
             blocks, waiting = -(-tokens // block) * block, min(tokens, block - 1)
             packed = blocks * entry if store is None else store.bytes_for(blocks, d, e, itemsize)
             held = max(held, packed + waiting * entry)
-        return int(held + tokens * (POSITION_BYTES + sum(need.key_bytes for need in self.method.needs)))
+        return int(held + tokens * (POSITION_BYTES + self.key_bytes))
+
+    @property
+    def key_bytes(self) -> int:
+        """Bytes of the signals that live on with each key."""
+        return sum(need.key_bytes for need in self.method.needs)
+
+    def fill(
+        self, budget: Budget, counts: Callable[[Budget], Sequence[int]], most: int, d: int, e: int, itemsize: int,
+        *, places: int,
+    ) -> Budget:  # fmt: skip
+        """More tokens a head than `budget`, which bytes were turned into as if all but one token of a block waited
+        unpacked in every head, where what is really packed leaves room for them. At most `most`.
+
+        Args:
+            counts: what some of the `places` heads that share the bytes would hold. Their part of the bytes is by what
+                they hold under `budget`, packed and with a block that waits; so all parts make one whole, and nobody
+                who gets no more than that takes more than its part.
+        """
+        store, size = self.stores[0], self.budget.size
+        if size is None or len(self.stores) > 1 or store is None or store.block == 1:
+            return budget
+        certain, block, entry = budget.tokens or 0, store.block, (d + e) * itemsize
+        if certain >= most:
+            return budget
+        token = store.bytes_for(block, d, e, itemsize) / block + POSITION_BYTES + self.key_bytes
+        part = sum(count * token + (block - 1) * entry for count in counts(budget))
+        part *= size / (places * (certain * token + (block - 1) * entry))
+
+        def fits(tokens: int) -> bool:
+            held = counts(replace(budget, tokens=tokens))
+            wide = [max(held) + block - 1] * len(held) if len(set(held)) > 1 else held  # as signals are held
+            packed = sum(held_bytes(store, count, d, e, itemsize) + count * POSITION_BYTES for count in held)
+            return bool(packed + sum(wide) * self.key_bytes <= part)
+
+        if fits(most):
+            return replace(budget, tokens=most)
+        blocks = _last(lambda n: fits(n * block), certain // block, most // block)
+        least = max(certain, blocks * block)
+        return replace(budget, tokens=_last(fits, least, min((blocks + 1) * block - 1, most)))
+
+
+def _last(fits: Callable[[int], bool], low: int, high: int) -> int:
+    """The last number from `low`, which is taken to fit, to `high` that does, where those that do come first; else some
+    number that fits."""
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fewer import fit as fits
-from fewer.cli.common import Json, ModelName, err, listed, out, print_json, read_keep, read_text
+from fewer.cli.common import Json, ModelName, err, listed, out, print_json, progress, read_keep, read_text
 from fewer.compress import compress
 from fewer.methods import of_family, resolve
 from fewer.tuning.planfile import TunedPlan
@@ -57,15 +57,6 @@ def _compare(
 ) -> None:  # fmt: skip
     from datetime import date
 
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
     from fewer.models import load
     from fewer_eval import environment, report
     from fewer_eval.runner import compare, samples_of
@@ -73,19 +64,18 @@ def _compare(
 
     model, tokenizer = load(model_name, say=err.print)
     total = sum(samples_of(task, samples) for task in tasks)
-    columns = (TextColumn("{task.description:24s}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=err) as progress:
-        bar, started = progress.add_task("loading", total=total), [False]
+    with progress(24) as shown:
+        bar, started = shown.add_task("loading", total=total), [False]
 
         def tick(what: str) -> None:
-            progress.update(bar, description=what, advance=int(started[0]))
+            shown.update(bar, description=what, advance=int(started[0]))
             started[0] = True
 
         done = compare(
             model, tokenizer, tasks, chosen, keeps, tokens=tokens, samples=samples, seed=seed, questions=questions,
             model_name=model_name, tick=tick,
         )  # fmt: skip
-        progress.update(bar, description="done", completed=total)
+        shown.update(bar, description="done", completed=total)
     info = RunInfo(
         model=model_name, command=" ".join(["fewer", *sys.argv[1:]]), date=date.today().isoformat(), seed=seed,
         tokens=tokens, samples=samples, hardware=environment.hardware(), versions=environment.versions(),

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fewer.types import Budget, FewerError, Keep
 
@@ -40,3 +41,9 @@ def listed(text: str) -> list[str]:
 def read_keep(text: str) -> Keep:
     """A budget as it was typed."""
     return Budget.parse(text).keep
+
+
+def progress(width: int) -> Progress:
+    """A bar for each task on stderr: what it is doing, in so many columns, how many are done, and the time."""
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(TextColumn(f"{{task.description:{width}s}}"), *columns, console=err)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fewer.cli.common import Json, ModelName, err, listed, out, print_json
+from fewer.cli.common import Json, ModelName, err, listed, out, print_json, progress
 from fewer.types import FewerError
 
 
@@ -46,15 +46,6 @@ def tune(
     Every answer is kept in DIR/answers.jsonl as it comes: after an interruption the same command goes on from there.
     Ends with code 0 and a plan, or with code 3 where no setting passed: then do not compress.
     """
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
     from fewer.tuning.dial import parted
     from fewer.tuning.dial import tune as search
     from fewer.tuning.examples import read
@@ -69,14 +60,13 @@ def tune(
     loaded, processor, host = _loaded(model, examples, max_new_tokens)
     if host is not None:
         model = "reference-vlm"
-    columns = (TextColumn("{task.description:44s}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=err) as progress:
+    with progress(44) as shown:
         bars: dict[str, Any] = {}
 
         def tick(what: str, done: int, total: int) -> None:
             if what not in bars:
-                bars[what] = progress.add_task(what, total=total)
-            progress.update(bars[what], completed=done)
+                bars[what] = shown.add_task(what, total=total)
+            shown.update(bars[what], completed=done)
 
         found = search(
             loaded, examples, loss=loss, confidence=confidence, aim=aim.value,

@@ -1,14 +1,16 @@
 """A decoder's cache in closed form, under any method of the family "kv" and any form of storage."""
 
+from functools import partial
 from typing import Any
 
 import torch
 
 from fewer.allocate.levels import levelled
 from fewer.cost.choosing import choosing
-from fewer.cost.layers import Layer, Place, layer, paired_bytes
+from fewer.cost.layers import Layer, Place, kept, layer, paired_bytes
 from fewer.cost.record import Cost
 from fewer.cost.sizes import Decoder
+from fewer.types import Budget, Tokens
 
 PAIRED = "how many tokens stay whole in both layers of a pair depends on the data: one a head, the least, is counted"
 AMONG = "how many tokens attend to the prompt depends on the data: FLOPs are a ceiling"
@@ -40,6 +42,10 @@ def of_cache(
             going = int(method.go_on(place.tokens(after, tokens, tokens), torch.zeros(1, place.heads, tokens)).counts)
     couples = [] if policy.pairs is None else policy.pairs.couples(place.layers)
     joined = {index for couple in couples for index in couple}
+
+    def counts(here: Tokens, asked: Budget) -> list[int]:
+        return rows * kept(method, asked, here)[0]
+
     layers = []
     for index in range(place.layers):
         there = tokens if index <= after else going
@@ -47,8 +53,13 @@ def of_cache(
         if index in joined:
             layers.append(Layer(0, float(there)))
         else:
-            late = there < tokens
-            layers.append(layer(policy, budget, place, sizes, here, rows=rows, cuts=cuts and prefill, late=late))
+            late, own = there < tokens, budget
+            if cuts and prefill:
+                own = policy.fill(
+                    budget, partial(counts, here), there, place.d, place.e, place.itemsize,
+                    places=rows * place.heads * place.layers,
+                )  # fmt: skip
+            layers.append(layer(policy, own, place, sizes, here, rows=rows, cuts=cuts and prefill, late=late))
     # of a sliding-window layer transformers shows the window, and holds all that it is a view of
     total = sum(one.bytes for one in layers) + rows * place.heads * tokens * place.entry * (len(plain) - len(ours))
     total += len(couples) * paired_bytes(place, tokens, rows)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fewer.codec import POSITION_BYTES
+from fewer.codec import POSITION_BYTES, held_bytes
 from fewer.cost.choosing import fixed_bytes
 from fewer.cost.sizes import Decoder
 from fewer.signals import Rotation
@@ -66,6 +66,7 @@ def kept(method: Any, budget: Budget, tokens: Tokens) -> tuple[list[int], str]:
 def packed_bytes(policy: Any, place: Place, counts: Sequence[int], there: int) -> tuple[int, str]:
     """Bytes of the heads of one row that hold so many tokens packed, and what is wrong with that: "" or MIXED."""
     stores, share = policy.stores, getattr(policy.method, "important", None)
+    at = place.d, place.e, place.itemsize
     shortened, total = any(count < there for count in counts), sum(counts) * POSITION_BYTES
     for need in policy.method.needs:
         if need.start().lasting:
@@ -74,13 +75,13 @@ def packed_bytes(policy: Any, place: Place, counts: Sequence[int], there: int) -
             total += sum(counts) * need.key_bytes
     for count in counts:
         if len(stores) == 1:
-            total += _held(stores[0], place, count)
+            total += held_bytes(stores[0], count, *at)
         elif share is not None:
             first = Budget(share, fraction=share).count(count) if share and count else 0
-            total += _held(stores[0], place, first) + _held(stores[1], place, count - first)
+            total += held_bytes(stores[0], first, *at) + held_bytes(stores[1], count - first, *at)
         else:  # all in the larger form, and one in each of the others
-            sizes = sorted(_held(store, place, count) for store in stores)
-            total += sizes[-1] + sum(_held(store, place, 1) for store in stores)
+            sizes = sorted(held_bytes(store, count, *at) for store in stores)
+            total += sizes[-1] + sum(held_bytes(store, 1, *at) for store in stores)
     return total, MIXED if len(stores) > 1 and share is None else ""
 
 
@@ -90,15 +91,6 @@ def _numbers(store: Any, counts: Sequence[int]) -> int:
     whole, rest = [count // block * block for count in counts], [count % block for count in counts]
     gaps = any(w and r < max(rest) for w, r in zip(whole, rest, strict=True))
     return len(counts) * (max(whole) + max(rest)) if gaps else sum(counts)
-
-
-def _held(store: Any, place: Place, count: int) -> int:
-    """Bytes of one head's tokens in one form; those that do not fill a block wait in full precision."""
-    if store is None:
-        return count * place.entry
-    whole: int = count // store.block * store.block
-    packed: int = store.bytes_for(whole, place.d, place.e, place.itemsize)
-    return packed + (count - whole) * place.entry
 
 
 def paired_bytes(place: Place, count: int, rows: int) -> int:
@@ -139,6 +131,8 @@ def layer(
             )  # wide, where heads have gaps
             total = place.heads * int(policy.bytes_for(most, place.d, place.e, place.itemsize))
             total += place.heads * (there - most) * signals
+        if notes - {""} and policy.budget.size is not None and policy.packs:  # such bytes are filled head by head
+            total = max(total, policy.budget.size // (place.layers * rows))
         notes |= {mixed}
     total *= rows
     if policy.covers("prefill"):

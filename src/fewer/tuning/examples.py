@@ -5,6 +5,7 @@ import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ class Example:
         text = said.casefold()
         return sum(answer.casefold() in text for answer in self.answers) / len(self.answers)
 
-    @property
+    @cached_property
     def key(self) -> str:
         """The same for examples that ask the same."""
         said = json.dumps([self.context, self.question, self.images])

@@ -61,9 +61,9 @@ class Bench:
         return found
 
     def lost(self, example: Example, setting: Setting, loss: Loss | None = None) -> float:
-        """What one setting lost on one example."""
+        """What one setting lost on one example; all, where it could not be met."""
         full, said = self.answer(example, Setting()), self.answer(example, setting)
-        return lost(loss or self.loss, full.text, said.text, example)
+        return 1.0 if said.refused else lost(loss or self.loss, full.text, said.text, example)
 
     def measured(self, setting: Setting, examples: Sequence[Example]) -> Measured:
         """The means over examples that were asked."""
@@ -188,7 +188,7 @@ def promise(
         for example in group:
             bench.one(example, settings)
         for index, setting in enumerate(settings):
-            totals[index] += fmean(_lost(bench, example, setting) for example in group)
+            totals[index] += fmean(bench.lost(example, setting) for example in group)
             asked_of[index] = done + 1
         over = [max(0.0, total - 1e-9) for total in totals[: len(settings)]]  # sums of floats may be off by a hair
         if dead := [i for i, total in enumerate(over) if risk.hopeless(total, n, asked, delta)]:
@@ -201,13 +201,8 @@ def promise(
         some = [example for group in contexts[: asked_of[index]] for example in group]
         found = bench.measured(rung.setting, some)
         if index < len(settings):
-            losses = [fmean(_lost(bench, example, rung.setting) for example in group) for group in contexts]
+            losses = [fmean(bench.lost(example, rung.setting) for example in group) for group in contexts]
             found = replace(found, p=risk.p_value(losses, asked))
         tested.append(found)
     passed = risk.fixed_sequence([one.p for one in tested if one.p is not None], delta)
     return tested, passed
-
-
-def _lost(bench: Bench, example: Example, setting: Setting) -> float:
-    """What a setting lost; all, where it could not be met."""
-    return 1.0 if bench.answer(example, setting).refused else bench.lost(example, setting)

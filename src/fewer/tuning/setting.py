@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -128,7 +129,7 @@ class Setting:
             if part is not None:
                 part.check()
 
-    @property
+    @cached_property
     def key(self) -> str:
         """The same for settings that are the same, in one line."""
         return json.dumps(self.to_dict(), sort_keys=True)
