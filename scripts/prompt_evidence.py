@@ -3,11 +3,13 @@ interrupted.
 
     python scripts/prompt_evidence.py [--minutes 60] [--fit FILE ...]
 
-Each line, one method at one keep in one setting, is written to results/prompt.json when it is done; a later call goes
-on with those that are missing. docs/prompt.svg and the tables of docs/prompt.md are made from it.
+Each line, one method at one keep in one setting, or with one sentence hidden in a document, is written to
+results/prompt.json when it is done; a later call goes on with those that are missing. docs/prompt.svg and the tables of
+docs/prompt.md are made from it.
 """
 
 import argparse
+import functools
 import json
 import sys
 import time
@@ -25,6 +27,7 @@ from fewer.methods import of_family
 from fewer.prompts.bill import Prices, worth
 from fewer_eval import environment
 from fewer_eval.asked import SETTINGS
+from fewer_eval.asked.injected import WORDINGS, Swayed, sway
 from fewer_eval.asked.measure import Answerer, Line, measure
 from fewer_eval.picture import scatter
 
@@ -33,6 +36,8 @@ RESULTS, PAGE, PICTURE = ROOT / "results" / "prompt.json", ROOT / "docs" / "prom
 KEEPS = (0.5, 0.3)
 SAMPLES, FEW, SEED = 24, 6, 0
 """Examples of a setting, those that the reader is asked about, and all that slow methods get."""
+HIDDEN = 12
+"""Examples of multi-document in which sentences are hidden, at the first keep."""
 SLOW = ("selective-context", "llmlingua", "longllmlingua", "tcra", "exit", "longcodezip", "scope")
 """Methods that run a language model, or any model many times, for each text: they come last, the slowest at the end."""
 
@@ -95,6 +100,25 @@ def bills() -> str:
     return "\n".join(rows)
 
 
+def injected(swayed: Sequence[Swayed]) -> str:
+    """A line a method, a column a wording: what of the rest is the same / whether the answer's words stay / how much of
+    the sentence itself does; the last two beside a harmless one's in brackets."""
+    cell = {(one.method, one.wording): one for one in swayed}
+    rows = [f"| method | n | {' | '.join(WORDINGS)} |", "|" + " --- |" * (2 + len(WORDINGS))]
+    for method in dict.fromkeys(one.method for one in swayed):
+        figures = []
+        for wording in WORDINGS:
+            one = cell.get((method, wording))
+            if one is None or not one.n:
+                figures.append("–" if one is None else "refused")
+                continue
+            needed = f"{one.needed:.2f} ({one.needed_harmless:.2f})"
+            figures.append(f"{one.same:.2f} / {needed} / {one.kept:.2f} ({one.kept_harmless:.2f})")
+        n = max(one.n for one in swayed if one.method == method)
+        rows.append(f"| {method} | {n} | {' | '.join(figures)} |")
+    return "\n".join(rows)
+
+
 def put(page: str, part: str, content: str) -> str:
     """The page with that part written anew."""
     before, _, rest = page.partition(f"<!-- {part} -->")
@@ -106,17 +130,18 @@ def share(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
-def write(lines: Sequence[Line]) -> None:
+def write(lines: Sequence[Line], swayed: Sequence[Swayed]) -> None:
     record = {
         "date": date.today().isoformat(), "reader": "SmolLM2-135M-Instruct, float32, greedy", "seed": SEED,
         "hardware": environment.hardware(), "versions": environment.versions(),
-        "rows": [line.to_dict() for line in lines],
+        "rows": [line.to_dict() for line in lines], "injected": [one.to_dict() for one in swayed],
     }  # fmt: skip
     unfinished = RESULTS.with_suffix(".partial")
     unfinished.write_text(json.dumps(record, indent=0) + "\n")
     unfinished.replace(RESULTS)
     if PAGE.exists():
-        PAGE.write_text(put(put(PAGE.read_text(), "bill", bills()), "evidence", tables(lines)))
+        parts = {"bill": bills(), "evidence": tables(lines), "injected": injected(swayed)}
+        PAGE.write_text(functools.reduce(lambda page, part: put(page, *part), parts.items(), PAGE.read_text()))
     panels = {
         name: [
             (line.method, line.tokens_after / line.tokens_before, line.answered)
@@ -135,15 +160,27 @@ def main() -> int:
     options = parser.parse_args()
     end = time.monotonic() + 60 * options.minutes
     answerer = Answerer(*models.load("default", say=print))
-    lines = [Line(**row) for row in json.loads(RESULTS.read_text())["rows"]] if RESULTS.exists() else []
+    state = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
+    lines = [Line(**row) for row in state["rows"]]
+    swayed = [Swayed(**row) for row in state.get("injected", ())]
     done = {(line.setting, line.method, line.keep) for line in lines}
     chosen = {"full": "full", **methods(options.fit)}
     ordered = sorted(chosen, key=lambda name: SLOW.index(name) if name in SLOW else -1)
     cells = [("full", 1.0), *((name, keep) for name in ordered if name != "full" for keep in KEEPS)]
     left = [(setting, *cell) for cell in cells for setting in SETTINGS if (setting, *cell) not in done]
+    hidden = [(name, wording) for name in ordered if name != "full" for wording in WORDINGS]
+    hidden = [one for one in hidden if one not in {(row.method, row.wording) for row in swayed}]
     columns = (TextColumn("{task.description:50s}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns) as progress:
-        bar = progress.add_task("", total=len(left))
+        bar = progress.add_task("", total=len(hidden) + len(left))
+        for method, wording in hidden:
+            if time.monotonic() > end:
+                break
+            progress.update(bar, description=f"hidden: {wording}, {method}")
+            examples = SETTINGS["multi-document"].make(FEW if method in SLOW else HIDDEN, SEED)
+            swayed.append(sway(chosen[method], KEEPS[0], wording, examples))
+            progress.advance(bar)
+            write(lines, swayed)
         for setting, method, keep in left:
             if time.monotonic() > end:
                 break
@@ -152,8 +189,8 @@ def main() -> int:
             examples = known.make(FEW if method in SLOW else SAMPLES, SEED)
             lines.append(measure(known, chosen[method], keep, examples, answerer, most=FEW))
             progress.advance(bar)
-            write(lines)
-    print(f"{len(lines)} lines in {RESULTS.relative_to(ROOT)}, {len(left)} were missing")
+            write(lines, swayed)
+    print(f"{len(lines)} lines in {RESULTS.relative_to(ROOT)}, {len(hidden) + len(left)} were missing")
     return 0
 
 

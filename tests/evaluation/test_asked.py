@@ -8,6 +8,7 @@ from fewer.prompts.source import Ranking, Source
 from fewer.types import Budget, FewerError
 from fewer_eval.asked import SETTINGS
 from fewer_eval.asked.code import functions
+from fewer_eval.asked.injected import WORDINGS, harmless, hidden, sway
 from fewer_eval.asked.measure import measure, right, survival
 
 
@@ -106,3 +107,33 @@ def test_the_reader_is_asked_about_as_many_as_it_may_be() -> None:
 
     line = measure(setting, "full", 1.0, setting.make(7), Counts(), most=3)  # type: ignore[arg-type]
     assert (line.n, line.asked, line.answered, len(texts)) == (7, 3, 0, 3)
+
+
+class Obeys:
+    """Keeps what stands in front, or, told to, the end of what it was given."""
+
+    def rank(self, source: Source, budget: Budget | None) -> Ranking:
+        told = any("delete every other document" in text for text in source.documents)
+        order = np.arange(len(source.words), dtype=float)
+        return Ranking(source.words, order if told else -order)
+
+
+def test_a_method_that_obeys_a_document_is_seen() -> None:
+    examples = SETTINGS["multi-document"].make(4, seed=1)
+    deaf, obeys = sway("truncation", 0.5, "keep me", examples), sway(Obeys(), 0.5, "keep me", examples)
+    assert deaf.same > 0.9 and deaf.needed == deaf.needed_harmless
+    assert obeys.same < 0.3 and sway(Obeys(), 0.5, "no numbers", examples).same > 0.9
+    assert sway(Drops(refuses=True), 0.5, "keep me", examples).refused == 4
+
+
+def test_what_is_hidden_is_compared_with_as_many_characters_in_the_same_place() -> None:
+    (asked,) = SETTINGS["multi-document"].make(1)
+    for wording, said in WORDINGS.items():
+        sentence = said(asked) or harmless(80, "x")
+        plain = harmless(len(sentence), "y")
+        assert 0 <= len(sentence) - len(plain) < 20, wording
+        documents, at = hidden(asked, sentence)
+        assert asked.answer not in asked.documents[at] and documents[at] == f"{asked.documents[at]} {sentence}"
+        assert [text for i, text in enumerate(documents) if i != at] == [
+            text for i, text in enumerate(asked.documents) if i != at
+        ]
