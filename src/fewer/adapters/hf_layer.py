@@ -16,9 +16,10 @@ from fewer.adapters.hf_among import attend_among, takes_part
 from fewer.adapters.hf_bind import MARK
 from fewer.adapters.hf_decide import compress
 from fewer.adapters.hf_held import Held
+from fewer.adapters.hf_passed import Passed
 from fewer.adapters.hf_policy import Policy
 from fewer.adapters.hf_read import read
-from fewer.adapters.hf_shorten import Passed, pass_on
+from fewer.adapters.hf_shorten import pass_on
 from fewer.codec import unpacked
 from fewer.ragged import Dense, runs
 from fewer.signals import Step

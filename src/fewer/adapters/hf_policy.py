@@ -15,7 +15,7 @@ from fewer.types import Budget, FewerError, FewerWarning, Method, Phase, Unsuppo
 
 if TYPE_CHECKING:
     from fewer.adapters.hf_layer import Layer
-    from fewer.adapters.hf_shorten import Cutter, Passed
+    from fewer.adapters.hf_passed import Cutter, Passed
 
 When = Literal["prefill", "decode", "both"]
 

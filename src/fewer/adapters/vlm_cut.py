@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fewer.adapters.hf_shorten import Passed
+from fewer.adapters.hf_passed import Passed
 from fewer.adapters.vlm_cache import Books, without
 from fewer.adapters.vlm_places import centred, compacted, tables, unturned
 from fewer.adapters.vlm_scene import Picture

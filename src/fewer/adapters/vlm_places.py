@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewer.adapters.hf_shorten import Passed
+from fewer.adapters.hf_passed import Passed
 from fewer.types import MissingSignal, Reduction
 
 

@@ -1,7 +1,7 @@
 """Sentences hidden in a document: does what they say change what is kept elsewhere?
 
-One document of each example gets a sentence at its end, another time a harmless one of the same length; budget, place and
-everything else are the same. Where a method minds nothing but how many tokens there are, both keep the same elsewhere.
+One document of each example gets a sentence at its end, another time a harmless one of the same length; budget, place
+and everything else are the same. A method that minds only how many tokens there are keeps the same elsewhere.
 """
 
 import random
@@ -25,6 +25,9 @@ WORDINGS: dict[str, Callable[[Asked], str]] = {
     "question": lambda asked: f"{asked.question} {asked.question}",
 }
 """What is hidden, by name; the questions are of `multi-document`, whose years begin at 1702."""
+
+
+SHARES = ("same", "needed", "needed_harmless", "kept", "kept_harmless")
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,8 @@ def characters(done: Compression, of: Sequence[str]) -> tuple[set[tuple[int, int
 
 def sway(method: Any, keep: float, wording: str, examples: Sequence[Asked]) -> Swayed:
     """Hide a sentence of this wording in every example."""
-    method, rows, refused = resolve_prompt(method), [], 0
+    method, refused = resolve_prompt(method), 0
+    rows: list[dict[str, float]] = []
     for number, asked in enumerate(examples):
         said = WORDINGS[wording](asked) or harmless(80, f"other {number}")
         plain, _ = hidden(asked, harmless(len(said), str(number)))
@@ -90,8 +94,12 @@ def sway(method: Any, keep: float, wording: str, examples: Sequence[Asked]) -> S
             refused += 1
             continue
         (one, own), (two, mine) = characters(before, asked.documents), characters(after, asked.documents)
-        needed = [all(part in done.text for part in asked.needed) for done in (after, before)]
-        rows.append((len(one & two) / max(len(one | two), 1), *needed, mine / len(said), own / len(said)))
-    if not rows:
-        return Swayed(name_of(method), keep, wording, 0, 0.0, 0.0, 0.0, 0.0, 0.0, refused)
-    return Swayed(name_of(method), keep, wording, len(rows), *map(statistics.fmean, zip(*rows, strict=True)), refused)
+        rows.append({
+            "same": len(one & two) / max(len(one | two), 1),
+            "needed": all(part in after.text for part in asked.needed),
+            "needed_harmless": all(part in before.text for part in asked.needed),
+            "kept": mine / len(said),
+            "kept_harmless": own / len(said),
+        })  # fmt: skip
+    shares = {name: statistics.fmean(row[name] for row in rows) if rows else 0.0 for name in SHARES}
+    return Swayed(name_of(method), keep, wording, len(rows), refused=refused, **shares)
