@@ -47,8 +47,11 @@ KEEPS = (0.7, 0.5, 0.3, 0.15)
 SEED = 0
 LEAST, MOST, FEW = 12, 24, 6
 """Pictures of a stamp category: with fewer it is left out, of more that many are drawn, or so few above 224 px."""
-LARGE = ("tome", "ward", "mctf", "pitome", "topk", "evit", "pooling", "random", "uniform")
-"""Methods that are also measured at 448 and 518 px, at keep 0.5 and 0.3: a forward takes long there."""
+ABOVE: dict[int, tuple[tuple[str, ...], tuple[float, ...]]] = {
+    448: (("tome", "ward", "mctf", "pitome", "topk", "evit", "pooling", "random", "uniform"), (0.5, 0.3)),
+    518: (("tome", "ward", "topk", "pooling", "random", "uniform"), (0.5,)),
+}
+"""Pixels above 224, and the methods and keeps that are also measured there: a forward takes long."""
 PARAGRAPHS = 120
 TRAIN, TEST, SMALL = 2000, 500, 112
 """Fashion pictures, and the pixels a side that they are shown at."""
@@ -217,8 +220,8 @@ def _line(name: str, cell: dict[tuple[str, float], Score], task: str) -> str:
 TITLES = {
     "stamps": Stamps.title, "fashion": Fashion.title, "saliency": Saliency.title, "paragraphs": Sentences.title,
     "code": Code.title,
-    **{at("stamps", size): Stamps.title.replace("224", str(size)) for size in (448, 518)},
-    **{at("saliency", size): Saliency.title.replace("224", str(size)) for size in (448, 518)},
+    **{at("stamps", size): Stamps.title.replace("224", str(size)) for size in ABOVE},
+    **{at("saliency", size): Saliency.title.replace("224", str(size)) for size in ABOVE},
 }  # fmt: skip
 
 
@@ -257,14 +260,15 @@ def main() -> int:
     # identifiers are a sixth of the FLOPs, and so is a keep of 0.7; 0.15 is a floor that is never met
     cells_of_code = [("full", 1.0), ("code-token-merging", 0.15), *((name, 0.7) for name in Code.beside)]
     asked += [("code", *cell) for cell in cells_of_code] + [("paragraphs", *cell) for cell in cells_of_text]
-    cells_above = [("full", 1.0), *((name, keep) for keep in (0.5, 0.3) for name in LARGE)]
-    asked += [(at(task, size), *cell) for size in (448, 518) for cell in cells_above for task in ("saliency", "stamps")]
+    for size, (methods, keeps) in ABOVE.items():
+        cells_above = [("full", 1.0), *((name, keep) for keep in keeps for name in methods)]
+        asked += [(at(task, size), *cell) for cell in cells_above for task in ("saliency", "stamps")]
     left = [cell for cell in asked if cell not in done]
     makers: dict[str, Callable[[], Any]] = {
         "saliency": lambda: Saliency(model, head), "stamps": lambda: Stamps(model), "fashion": lambda: Fashion(model),
         "paragraphs": Sentences, "code": Code,
-        **{at("saliency", size): partial(Saliency, model, head, size) for size in (448, 518)},
-        **{at("stamps", size): partial(Stamps, model, size) for size in (448, 518)},
+        **{at("saliency", size): partial(Saliency, model, head, size) for size in ABOVE},
+        **{at("stamps", size): partial(Stamps, model, size) for size in ABOVE},
     }  # fmt: skip
     tasks: dict[str, Any] = {}
     columns = (TextColumn("{task.description:40s}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
