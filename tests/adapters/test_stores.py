@@ -14,7 +14,7 @@ import fewer
 from fewer.methods.kv.adakv import AdaKV
 from fewer.methods.kv.gear import GEAR
 from fewer.methods.kv.kivi import KIVI
-from fewer.types import FewerError, Tokens
+from fewer.types import BudgetError, FewerError, FewerWarning, Tokens
 from tests.adapters.common import ADA, FAMILIES, SNAP, cached, held, refused, tensors_in
 from tests.adapters.emulate import assert_close, columns, difference, ours
 from tests.adapters.test_batches import batch
@@ -507,3 +507,35 @@ def test_what_is_packed_cannot_be_cropped() -> None:
         assert cache.get_seq_length() == 40
         with pytest.raises(FewerError, match="the others are held packed"):
             cache.crop(-1)
+
+
+@pytest.mark.parametrize("name", ["knorm", "tova", "adakv"])
+def test_a_turn_of_which_nothing_could_stay_is_refused_and_the_cache_goes_on(name: str) -> None:
+    """What is packed stays: 64 tokens in blocks of 16 are all that may be. Frozen, the cache keeps what comes."""
+    model = tiny("llama")
+    with fewer.Cache(model, name, 64, store=KIVI(4, group=8, residual=16)) as cache:
+        cached(model, cache, prompt(100))
+        before = cache.report.layers[0].kept
+        if name == "adakv":  # uneven heads, so that something waits, and may go
+            assert sum(before[0]) == 2 * 64
+        else:
+            with pytest.raises(BudgetError, match="keep=64: 64 tokens a head are packed already.* of the 80 new ones"):
+                cached(model, cache, prompt(80, seed=1))
+        cache.freeze()
+        cached(model, cache, prompt(80, seed=1))
+        assert [layer.seen for layer in cache.report.layers] == [(180,)] * 3
+        assert cache.report.layers[0].kept == (tuple(count + 80 for count in before[0]),)
+
+
+def test_a_turn_of_which_next_to_nothing_stays_is_said() -> None:
+    model = tiny("llama")
+    for keep in (70, "20KB"):
+        with fewer.Cache(model, "knorm", keep, store=KIVI(4, group=8, residual=16)) as cache:
+            cached(model, cache, prompt(100))
+            with pytest.warns(
+                FewerWarning, match=f"keep={keep!r}: what was packed in earlier forwards stays, and leaves"
+            ):
+                cached(model, cache, prompt(80, seed=1))
+    with fewer.Cache(model, "knorm", 0.3, store=KIVI(4, group=8, residual=16)) as cache:
+        cached(model, cache, prompt(100), prompt(80, seed=1))
+        assert not cache.report.notes

@@ -24,7 +24,7 @@ from fewer.adapters.hf_policy import Policy, Shared
 from fewer.allocate.levels import Levels, levelled
 from fewer.methods import name_of, resolve, resolve_store
 from fewer.report import LayerReport, Report
-from fewer.types import Budget, FewerError, Keep, Method, UnsupportedModel
+from fewer.types import Budget, BudgetError, FewerError, Keep, Method, UnsupportedModel
 
 __all__ = ["Cache", "Policy", "Run", "session"]
 
@@ -131,10 +131,26 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
                 "an earlier forward with this cache failed half way, so that some layers have read tokens which "
                 "others have not; make the cache anew"
             )
+        if layer_idx == 0:
+            self._room(key_states.shape[2])
         passed = self.shared.passed
         if layer_idx == 0 and passed is not None and 0 not in passed.seen:
             self.shared.passed = None  # of a forward that failed
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _room(self, new: int) -> None:
+        """Refuse, before anything is stored, a prompt of which nothing could stay: what is packed is all there may be."""
+        policy, parts = self.shared.policy, self.shared.members[0].coded
+        most = policy.budget.tokens
+        if most is None or new == 1 or not parts or self.shared.frozen or not policy.covers("prefill"):
+            return
+        rows = [[count for part in parts for count in part.counts[row]] for row in range(len(parts[0].counts))]
+        if all(sum(row) >= most * len(parts[0].counts[0]) for row in rows):
+            raise BudgetError(
+                f"keep={policy.budget.keep!r}: {most} tokens a head are packed already, and stay, so none of the {new} "
+                f"new ones would; give keep as a fraction, leave store= out, or freeze() the cache, which keeps what "
+                f"comes from now on"
+            )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Cache":
         """A copy to go on with in another way; the model is not copied."""
