@@ -1,11 +1,12 @@
 """The evidence for docs/vlm.md: every method for visual tokens on the reference model (trained for this, not a general
 one), in one command that can be interrupted.
 
-    python scripts/vlm_evidence.py [--minutes 60] [--share 0/2]
+    python scripts/vlm_evidence.py [--part answers|batches] [--minutes 60] [--share 0/2]
 
 Each line, one method at one keep on one task, is written to results/vlm.json when it is done; a later call goes on with
 those that are missing. docs/vlm.svg and the tables of docs/vlm.md are made from it. `--share i/n` takes every n-th
-method only, for n calls side by side; each writes a file of its own, that the next call without it takes in.
+method only, for n calls side by side; each writes a file of its own, that the next call without it takes in. The part
+"batches", the same prompts in padded batches and one by one, is kept under a key of its own.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from fewer.adapters.vlm_stages import places
 from fewer.methods import METHODS, of_family
 from fewer_eval import environment
 from fewer_eval.looking import TASKS
+from fewer_eval.looking.batches import SIZE, Batched, asking, compare, mixed
 from fewer_eval.looking.measure import TURN, Answerer, Line
 from fewer_eval.picture import scatter
 
@@ -34,6 +36,8 @@ GRADES = ROOT / "results" / "reference-vlm.json"
 KEEPS = (64, 32, 128, 16)
 """Visual tokens kept of 256, in the order in which they are measured."""
 SAMPLES = 30
+BATCHED = 3 * SIZE
+"""Prompts a method that are asked in batches and one by one."""
 VIDEO = ("evs", "dycoke")
 TOWER = ("turbo", "tome")
 GROUPS = {
@@ -42,6 +46,9 @@ GROUPS = {
     "reading": ("number", "word"),
     "second turn": (TURN,),
 }
+
+
+COLUMNS = (TextColumn("{task.description:50s}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 
 
 def tasks() -> list[str]:
@@ -87,7 +94,7 @@ def tables(lines: Sequence[Line]) -> str:
                 early = {one.method for one in lines if one.counted == "last"}
                 late = {one.method for one in lines if one.counted == "mean"}
                 mine += [o for o in lines if (o.keep, o.counted) == (keep, "last") and o.method in early - late]
-            methods = {one.method for one in mine}
+            methods = list(dict.fromkeys(one.method for one in mine))  # ties stay in the order of the file
             if len(methods) < 2:
                 continue
             rows = []
@@ -145,6 +152,21 @@ def grades() -> str:
     return "\n".join(rows)
 
 
+def batched(rows: Sequence[Batched]) -> str:
+    """Batches with padding beside the same prompts one by one."""
+    head = ["method", "same answers", "same tokens", "as many tokens", "logits apart"]
+    out = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    for one in rows:
+        if one.error:
+            out.append(f"| {one.method} | refused: {one.error.split(':')[0]} |" + " |" * (len(head) - 2))
+            continue
+        chosen = "–" if one.method == "full" else share(one.chosen)
+        counts = "–" if one.method == "full" else "yes" if one.counts else "no"
+        figures = [share(one.same), chosen, counts, f"{one.apart:.1e}"]
+        out.append(f"| {one.method} | {' | '.join(figures)} |")
+    return "\n".join(out)
+
+
 def panels(lines: Sequence[Line]) -> dict[str, list[tuple[str, float, float]]]:
     """Share answered right against visual tokens a layer, a panel for each group of tasks."""
     out: dict[str, list[tuple[str, float, float]]] = {}
@@ -170,50 +192,77 @@ def put(page: str, part: str, content: str) -> str:
     return f"{before}<!-- {part} -->\n{content}\n<!-- /{part} -->{after}"
 
 
-def write(lines: Sequence[Line], path: Path) -> None:
-    record = {
-        "date": date.today().isoformat(), "model": "reference model trained for this, not a general one",
-        "samples": "held out, seeds from 0", "hardware": environment.hardware(), "versions": environment.versions(),
-        "rows": [line.to_dict() for line in lines],
-    }  # fmt: skip
+def written() -> dict[str, Any]:
+    """When, where and with what something was measured."""
+    return {"date": date.today().isoformat(), "hardware": environment.hardware(), "versions": environment.versions()}
+
+
+def held(path: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return record
+
+
+def write(record: dict[str, Any], path: Path) -> None:
+    """Put these keys into the file; the others stay."""
     unfinished = path.with_suffix(".partial")
-    unfinished.write_text(json.dumps(record, indent=0) + "\n")
+    unfinished.write_text(json.dumps(held(path) | record, indent=0) + "\n")
     unfinished.replace(path)
 
 
-def publish(lines: Sequence[Line]) -> None:
+def write_lines(lines: Sequence[Line], path: Path) -> None:
+    of = {"model": "reference model trained for this, not a general one", "samples": "held out, seeds from 0"}
+    write({**written(), **of, "rows": [line.to_dict() for line in lines]}, path)
+
+
+def publish() -> None:
     """The tables and the picture, from all there is."""
+    lines, rows = read(RESULTS), read_batched()
     if PAGE.exists():
         page = put(put(PAGE.read_text(), "model", grades()), "evidence", tables(lines))
-        PAGE.write_text(put(page, "moved", moved(lines)))
+        PAGE.write_text(put(put(page, "moved", moved(lines)), "batches", batched(rows)))
     PICTURE.write_text(scatter(panels(lines), "visual tokens a layer"))
 
 
 def read(path: Path) -> list[Line]:
-    return [Line(**row) for row in json.loads(path.read_text())["rows"]] if path.exists() else []
+    return [Line(**row) for row in held(path).get("rows", [])]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this long; the rest can wait")
-    parser.add_argument("--share", default="0/1", help="every n-th method only, as in 0/2")
-    options = parser.parse_args()
-    turn, turns = map(int, options.share.split("/"))
-    end = time.monotonic() + 60 * options.minutes
-    model, processor = reference_vlm.load(say=print)
-    answerer = Answerer(model, processor)
+def read_batched() -> list[Batched]:
+    return [Batched(**row) for row in held(RESULTS).get("batches", {}).get("rows", [])]
+
+
+def ask_in_batches(model: Any, processor: Any, end: float) -> None:
+    """Every method that the other part covers, at its first keep; what is there is not measured again."""
+    known = {one.method: one for one in read_batched()}
+    names = dict.fromkeys(name for name, *_ in cells(model.config.text_config.num_hidden_layers))
+    prompts = mixed([name for name in tasks() if name != TURN], BATCHED)
+    with Progress(*COLUMNS) as progress:
+        left = [name for name in names if name not in known]
+        bar = progress.add_task("", total=len(left))
+        for name in left:
+            if time.monotonic() > end:
+                break
+            progress.update(bar, description=f"{name} in batches of {SIZE}")
+            keep = 256 if name == "full" else KEEPS[0]
+            known[name] = compare(asking(model, processor, name, keep), prompts, name, keep)
+            progress.advance(bar)
+            rows = [known[one].to_dict() for one in names if one in known]
+            write({"batches": {**written(), "size": SIZE, "rows": rows}}, RESULTS)
+
+
+def answer(answerer: Answerer, end: float, turn: int, turns: int) -> None:
+    """Every method, keep and task that is missing."""
     path = RESULTS if turns == 1 else RESULTS.with_name(f"vlm.share-{turn}.json")
     lines = read(RESULTS)
     for other in sorted(RESULTS.parent.glob("vlm.share-*.json")):
         if turns == 1 or other == path:
             lines += read(other)
     known: dict[Any, Line] = {(one.task, one.method, one.keep, one.counted, one.positions): one for one in lines}
-    every = cells(model.config.text_config.num_hidden_layers)
+    every = cells(answerer.model.config.text_config.num_hidden_layers)
     order = list(dict.fromkeys(name for name, *_ in every))
     mine = [cell for cell in every if order.index(cell[0]) % turns == turn]
     left = [(task, *cell) for cell in mine for task in tasks() if (task, *cell) not in known]
-    columns = (TextColumn("{task.description:50s}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns) as progress:
+    with Progress(*COLUMNS) as progress:
         bar = progress.add_task("", total=len(left))
         for task, method, keep, counted, way in left:
             if time.monotonic() > end:
@@ -225,13 +274,31 @@ def main() -> int:
                 line = answerer.measure(task, method, keep, counted, SAMPLES, way)
             known[task, method, keep, counted, way] = line
             progress.advance(bar)
-            write(list(known.values()), path)
+            write_lines(list(known.values()), path)
     if turns == 1:
-        write(list(known.values()), RESULTS)
-        publish(list(known.values()))
+        write_lines(list(known.values()), RESULTS)
         for other in RESULTS.parent.glob("vlm.share-*.json"):
             other.unlink()
     print(f"{len(known)} lines, {len(left)} were missing")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=("answers", "batches"), help="what to measure; both, if left out")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this long; the rest can wait")
+    parser.add_argument("--share", default="0/1", help="of the answers, every n-th method only, as in 0/2")
+    options = parser.parse_args()
+    turn, turns = map(int, options.share.split("/"))
+    if options.part == "batches" and turns > 1:
+        parser.error("--share is for the answers: batches are measured in one call")
+    end = time.monotonic() + 60 * options.minutes
+    model, processor = reference_vlm.load(say=print)
+    if options.part != "batches":
+        answer(Answerer(model, processor), end, turn, turns)
+    if options.part != "answers" and turns == 1:
+        ask_in_batches(model, processor, end)
+    if turns == 1:
+        publish()
     return 0
 
 

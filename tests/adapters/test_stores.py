@@ -519,7 +519,7 @@ def test_a_turn_of_which_nothing_could_stay_is_refused_and_the_cache_goes_on(nam
         if name == "adakv":  # uneven heads, so that something waits, and may go
             assert sum(before[0]) == 2 * 64
         else:
-            with pytest.raises(BudgetError, match="keep=64: 64 tokens a head are packed already.* of the 80 new ones"):
+            with pytest.raises(BudgetError, match=r"keep=64: 64 tokens a head are packed already.* of the 80 new ones"):
                 cached(model, cache, prompt(80, seed=1))
         cache.freeze()
         cached(model, cache, prompt(80, seed=1))

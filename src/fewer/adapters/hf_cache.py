@@ -139,7 +139,7 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def _room(self, new: int) -> None:
-        """Refuse, before anything is stored, a prompt of which nothing could stay: what is packed is all there may be."""
+        """Refuse, before anything is stored, a prompt of which nothing could stay: packed tokens fill the budget."""
         policy, parts = self.shared.policy, self.shared.members[0].coded
         most = policy.budget.tokens
         if most is None or new == 1 or not parts or self.shared.frozen or not policy.covers("prefill"):

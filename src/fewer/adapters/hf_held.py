@@ -140,7 +140,7 @@ class Held(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
         return self._carry_out(plan, dense, order, signals)
 
     def _crowded(self, stay: int, there: int) -> None:
-        """Say so where what was packed in earlier forwards leaves little room to what came since: packed tokens stay."""
+        """Say so where what was packed in earlier forwards, and stays, leaves little room to what came since."""
         packed = sum(count for part in self.coded for row in part.counts for count in row)
         new, share = there - packed, stay / (sum(self.real) * self.keys.shape[1])
         if not new or stay - packed >= share / 4 * new:

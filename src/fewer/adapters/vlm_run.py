@@ -29,7 +29,7 @@ from fewer.cost.sizes import TEXT
 from fewer.methods import family_of, name_of, resolve
 from fewer.report import VisualReport
 from fewer.signals.visual import Tower
-from fewer.types import Budget, FewerError, Keep, Method, UnsupportedModel
+from fewer.types import Budget, BudgetError, FewerError, Keep, Method, UnsupportedModel
 
 POSITIONS = ("keep", "compact", "centroid")
 
@@ -252,6 +252,12 @@ def session(model: Any, methods: Sequence[Any], asked: Asked) -> Iterator[Run]:
                 "reads: name one of the two"
             )
         first = Early(model, cutting[0], lambda patches: stages.counts(patches)[0])
+        alone = len(cutting) == 1 and caching is None
+        if alone and stages.budget.fraction is None and model.config.model_type != "llava":
+            raise BudgetError(
+                f"keep={asked.keep!r}: {name_of(cutting[0])!r} shortens every crop of a picture by itself, in the "
+                f"tower of {type(model).__name__}; give a share, or name a stage after it, which counts exactly"
+            )
     taps = Taps(model, needs, first)
 
     def made(shared: Shared) -> Cutter:

@@ -80,7 +80,11 @@ def _asked(picture: Any, question: str, methods: list[str], keep: Any, name: str
         model, processor = pictured(name)
         turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
         shown, text = picture, processor.apply_chat_template(turn, add_generation_prompt=True)
-    inputs = processor(images=[shown], text=[text], return_tensors="pt")
+    try:
+        inputs = processor(images=[shown], text=[text], return_tensors="pt")
+    except ValueError as why:
+        size = f"{shown.width}x{shown.height}"
+        raise FewerError(f"the processor of {name} makes no prompt of a picture of {size} pixels: {why}") from why
 
     def answer() -> str:
         written = model.generate(**inputs, max_new_tokens=40, do_sample=False)

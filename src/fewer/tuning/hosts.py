@@ -231,7 +231,14 @@ class Pictures:
             if example.context:
                 question = f"{setting.shorten(example.context, question, self.processor.tokenizer)}\n\n{question}"
             text = self.write(question, len(images))
-            inputs = self.processor(images=images, text=[text], return_tensors="pt").to(self.model.device)
+            try:
+                made = self.processor(images=images, text=[text], return_tensors="pt")
+            except ValueError as why:
+                sizes = ", ".join(f"{image.width}x{image.height}" for image in images)
+                raise FewerError(
+                    f"example {example.line}: the processor makes no prompt of pictures of {sizes} pixels: {why}"
+                ) from why
+            inputs = made.to(self.model.device)
             try:
                 answers.append(self._one(setting, inputs))
             except FewerError as why:
