@@ -18,6 +18,7 @@ import math
 import random
 import threading
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
 from fewer.tuning.examples import Example
@@ -70,11 +71,17 @@ class Monitor:
         measure: Measure | str = "changed",
     ) -> None:
         for name, value in (("loss", loss), ("confidence", confidence), ("share", share)):
-            if not (0 < value < 1 or (name == "share" and value == 1)):  # nan fails this too
+            # nan fails this too
+            if not (isinstance(value, Real) and (0 < value < 1 or (name == "share" and value == 1))):
                 raise FewerError(f"Monitor: {name}={value!r} is not in (0, 1{']' if name == 'share' else ')'}")
         self.loss, self.confidence, self.share, self.seed = loss, confidence, share, seed
         self.named = measure if isinstance(measure, str) else None
         self.measure = _measure(measure) if isinstance(measure, str) else measure
+        if not callable(self.measure):
+            raise FewerError(
+                f"Monitor: measure={measure!r} is neither the name of a loss nor a function of the full and the "
+                f"compressed answer"
+            )
         self.note = ""
         self.drawn = self.checked = self.failed = 0
         self.total = 0.0
@@ -134,7 +141,7 @@ class Monitor:
 
     def add_loss(self, loss: float | int) -> bool:
         """Count one loss in [0, 1]; whether the promise holds."""
-        if not 0 <= loss <= 1:
+        if not (isinstance(loss, Real) and 0 <= loss <= 1):
             raise FewerError(f"Monitor: the loss {loss!r} is not in [0, 1]")
         with self._lock:
             self.checked += 1

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fewer import Cache
+from fewer import fit as fits
 from fewer.codec import Codec
 from fewer.methods import name_of, resolve, resolve_store
 from fewer.methods.any.full import Full
@@ -156,6 +157,8 @@ class _Bench:
         self.asker = Asker(model, tokenizer)
         self.timed = timed
         self.together, self.alone = ([c for c in cases if c.alone is alone] for alone in (False, True))
+        for case in cases:
+            fits.check(case.method, model)
         self.watch = watching([case.method for case in self.together])
         self.kept: dict[str, list[list[int]]] = {}
         self.notes: dict[str, None] = {}

@@ -209,3 +209,15 @@ def test_one_refusal_does_not_spoil_the_next_use() -> None:
     with fewer.Cache(model, SNAP, 0.5) as cache:
         for got, was in zip(cached(model, cache, prompt(40), prompt(1)), want, strict=True):
             assert_close(got, was, within=0)
+
+
+def test_a_part_of_a_model_that_is_in_use_is_refused() -> None:
+    """Its layers are the whole's: the inner method would do nothing, and its report be the outer one's."""
+    model = tiny("llama")
+    with (
+        untouched(model, prompt(30)),
+        fewer.compress(model, "snapkv", 0.5),
+        pytest.raises(FewerError, match="this LlamaModel is inside fewer"),
+        fewer.compress(model.model, "knorm", 0.25),
+    ):
+        pass

@@ -2,12 +2,13 @@
 
 import re
 import time
+from typing import Any
 
 import pytest
 import regex
 
 import fewer
-from fewer.prompts.protect import CLASSES, Rule, literal, named, protected
+from fewer.prompts.protect import CLASSES, NUMBERS, Rule, literal, named, protected
 from fewer.prompts.source import Protected
 from fewer.types import FewerError
 
@@ -231,3 +232,22 @@ def test_what_saved_it_is_told() -> None:
         "30 euros": "numbers", "must not wait": "negations", "/etc/x": "paths", "Ana": "literal 'Ana'",
     }  # fmt: skip
     assert "protected: 1 by numbers, 1 by negations, 1 by paths, 1 by literal 'Ana'" in str(done)
+
+
+def test_what_protects_nothing_is_said() -> None:
+    """A name that is misspelt, or the name of a class where a string is expected."""
+    rules = ["Acme", "numbers", re.compile("no such"), re.compile(""), NUMBERS]
+    done = fewer.compress_prompt("one 2 three four", "truncation", tokens=9, tokenizer="characters", protect=rules)
+    assert done.notes == (
+        "protect='Acme' is nowhere in the text",
+        "protect='numbers' is nowhere in the text; the class is fewer.protect.NUMBERS, or --protect-class numbers",
+        "protect='no such' is nowhere in the text",
+        "protect='' is nowhere in the text",
+    )
+    assert "2" in done.text
+
+
+@pytest.mark.parametrize("gives", [5, None])
+def test_a_function_that_gives_no_ranges(gives: Any) -> None:
+    with pytest.raises(FewerError, match=rf"gave {gives}; a function gives ranges"):
+        fewer.compress_prompt("one two", "truncation", tokens=4, tokenizer="characters", protect=lambda text: gives)

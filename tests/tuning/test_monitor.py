@@ -1,5 +1,6 @@
 """Alarms: rarely false over all time, soon where there is drift; and a monitor that is stopped and taken up again."""
 
+import inspect
 import json
 import logging
 import math
@@ -307,3 +308,22 @@ def test_a_loss_outside_0_to_1(loss: float) -> None:
     with pytest.raises(FewerError, match=r"is not in \[0, 1\]"):
         monitor.add_loss(loss)
     assert monitor.checked == 0
+
+
+@pytest.mark.parametrize("measure", [None, 5])
+def test_a_measure_that_cannot_be_asked_is_refused(measure: Any) -> None:
+    """It would fail at every check, which no answer suffers from, and never alarm."""
+    with pytest.raises(FewerError, match=f"measure={measure} is neither the name of a loss nor a function"):
+        _made(0.1, measure=measure)
+
+
+@pytest.mark.parametrize("name", ["loss", "confidence", "share"])
+def test_numbers_are_numbers(name: str) -> None:
+    given: dict[str, Any] = {"loss": 0.1, name: "0.5"}
+    with pytest.raises(FewerError, match=f"{name}='0.5' is not in"):
+        _made(**given)
+
+
+def _made(*args: Any, **given: Any) -> None:
+    """As a user makes one: under test a check of types stands before it."""
+    inspect.unwrap(Monitor.__init__)(object.__new__(Monitor), *args, **given)

@@ -309,7 +309,8 @@ class Run:
         return (), kwargs
 
 
-_in_use: "WeakSet[PreTrainedModel]" = WeakSet()
+_in_use: "WeakSet[Any]" = WeakSet()
+"""The attention modules of models that are inside a session: a part of a model shares them with the whole."""
 
 
 @contextmanager
@@ -318,9 +319,9 @@ def session(model: Any, policy: Policy) -> Iterator[Run]:
     host = Host.of(model)
     run = Run(host, policy)
     Cache.within(host, policy)  # raises now what the first forward would raise
-    if model in _in_use:
+    if any(part in _in_use for part in host.attentions):
         raise FewerError(f"this {type(model).__name__} is inside fewer.compress already; leave that context first")
-    _in_use.add(model)
+    _in_use.update(host.attentions)
     handle = model.register_forward_pre_hook(run.hook, with_kwargs=True)  # first, so that others see its cache
     attachment = host.attach(policy.method, policy.cutter is not None)
     try:
@@ -328,4 +329,4 @@ def session(model: Any, policy: Policy) -> Iterator[Run]:
     finally:
         handle.remove()
         attachment.release()
-        _in_use.discard(model)
+        _in_use.difference_update(host.attentions)

@@ -10,7 +10,7 @@ from fewer.methods import name_of, resolve_prompt
 from fewer.methods.any.full import Full
 from fewer.prompts.compression import Compression
 from fewer.prompts.counting import counter
-from fewer.prompts.protect import protected
+from fewer.prompts.protect import idle, protected
 from fewer.prompts.settle import Run, settle, text_of
 from fewer.prompts.source import PromptMethod, Ranking, Source
 from fewer.types import Budget, BudgetError, FewerError, Keep
@@ -48,7 +48,8 @@ def compress_prompt(
 
     Raises:
         BudgetError: the budget cannot be read, or what is protected does not fit.
-        FewerError: a text is empty or none, or a rule protects what is not there.
+        FewerError: a text is empty or none, or a range protects what is not there. A string or pattern that stands
+            nowhere is said in `notes`.
 
     >>> compress_prompt("one two three four", "truncation", tokens=8, tokenizer="characters").text
     'one two'
@@ -58,6 +59,7 @@ def compress_prompt(
     made, count = resolve_prompt(method), counter(tokenizer)
     start = time.perf_counter()
     rules = protected(documents, protect)
+    nowhere = idle(protect, rules)
     source = Source(documents, question, instruction, rules, count)
     everything = tuple(Run(i, 0, len(text)) for i, text in enumerate(documents) if text)
     before = len(source.ends[0]) if len(documents) == 1 else count.count(text_of(documents, everything, GLUE))
@@ -82,7 +84,7 @@ def compress_prompt(
     return Compression(
         text=text_of(documents, runs, GLUE), runs=runs, source=source, method=name_of(made), limit=limit,
         tokens_before=before, tokens_after=after, glue=GLUE, single=isinstance(prompt, str), kept_units=kept,
-        seconds=time.perf_counter() - start, notes=notes,
+        seconds=time.perf_counter() - start, notes=(*notes, *nowhere),
     )  # fmt: skip
 
 

@@ -149,19 +149,39 @@ def protected(documents: Sequence[str], rules: Any) -> tuple[Protected, ...]:
             that stands alone need not be in a list.
     """
     found: list[Protected] = []
-    alone = not isinstance(rules, Iterable) or isinstance(rules, (str, bytes))
-    if rules is None:
-        return ()
-    for rule in [rules] if alone or (isinstance(rules, tuple) and isinstance((*rules, "")[0], int)) else rules:
+    for rule in _listed(rules):
         if isinstance(rule, (tuple, list)):
             found.append(_range(documents, rule))
             continue
         made = _rule(rule)
         for index, text in enumerate(documents):
-            for span in made.find(text):
+            spans = made.find(text)
+            if not isinstance(spans, Iterable):
+                raise FewerError(f"protect={rule!r} gave {spans!r}; a function gives ranges (start, end), or none: []")
+            for span in spans:
                 given = (index, *span) if isinstance(span, Sequence) else (span,)
                 found.append(_checked(documents, given, made.name, rule))
     return tuple(found)
+
+
+def idle(rules: Any, found: Sequence[Protected]) -> tuple[str, ...]:
+    """A note on each string and pattern that protects nothing: it may be misspelt, or be meant as a class."""
+    there = {one.rule for one in found if one.start < one.end}
+    notes = []
+    for rule in _listed(rules):
+        if isinstance(rule, (str, re.Pattern, regex.Pattern)) and _rule(rule).name not in there:
+            said = rule if isinstance(rule, str) else rule.pattern
+            known = f"; the class is fewer.protect.{said.upper()}, or --protect-class {said}" if said in CLASSES else ""
+            notes.append(f"protect={said!r} is nowhere in the text{known}")
+    return tuple(notes)
+
+
+def _listed(rules: Any) -> list[Any]:
+    """One or many rules as a list; a tuple that begins with a number is a range."""
+    if rules is None:
+        return []
+    alone = not isinstance(rules, Iterable) or isinstance(rules, (str, bytes))
+    return [rules] if alone or (isinstance(rules, tuple) and isinstance((*rules, "")[0], int)) else list(rules)
 
 
 def _rule(rule: Any) -> Rule:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from fewer import fit as fits
 from fewer.adapters.hf_cache import Cache
 from fewer.methods import resolve_store
 from fewer.methods.any.full import Full
@@ -115,6 +116,7 @@ class Texts:
             return Full()
         if held not in self.made:
             self.made[held] = held.made()
+            fits.check(self.made[held], self.model)  # here, where it has its name
         return self.made[held]
 
     def alone(self, held: Held | None) -> bool:
