@@ -209,6 +209,7 @@ def test_a_line_that_cannot_be_read_stops_and_can_be_mended(fewer, data: Path, t
     assert (code, said) == (2, "") and not out.exists()
     flat = " ".join(err.split())
     assert "line 4 of the input " in flat.replace("input:", "input ") and why in flat and "Traceback" not in flat
+    assert f"; mend line 4 of {data}, then the same command goes on there" in flat
     assert "The 3 lines before it are in" in flat and len(written(tmp_path / "out.partial")) == 3
     data.write_bytes(b"".join(lines))
     assert fewer(*words)[0] == 0 and out.read_bytes() == whole.read_bytes()
@@ -254,10 +255,10 @@ def test_wrong_settings_leave_nothing_behind(fewer, data: Path, tmp_path: Path) 
     for extra, why in (
         (("--method", "truncate", "--keep", "0.5"), "did you mean truncation"),
         (("--method", "truncation"), "has no threshold of its own"),
-        (("--method", "truncation", "--keep", "2"), "keep='2'"),
-        (("--method", "truncation", "--tokens", "0"), "tokens=0"),
+        (("--method", "truncation", "--keep", "2"), "--keep '2'"),
+        (("--method", "truncation", "--tokens", "0"), "--tokens 0"),
         (("--method", "provence", "--keep", "0.5"), "has to be fitted"),
-        (("--method", "truncation", "--keep", "0.5", "--protect-regex", "(a"), "protect_regex='(a'"),
+        (("--method", "truncation", "--keep", "0.5", "--protect-regex", "(a"), "--protect-regex '(a'"),
         (("--method", "truncation", "--keep", "0.5", "--protect-class", "verbs"), "no class 'verbs'"),
         (("--method", "truncation", "--keep", "0.5", "--engine", "spark"), "known are local, ray"),
     ):
@@ -289,7 +290,8 @@ def test_mixtures_are_refused(fewer, data: Path, tmp_path: Path, monkeypatch: py
         (("--in", "data.jsonl", "--out", "."), "it is a folder"),
         (("--in", "data.jsonl", "--out", "-"), "name one"),
         (("--in", "data.jsonl", "--out", "there"), "there is there already"),
-        (("--in", "data.jsonl", "--out", "data.jsonl", "--overwrite"), "is what --in reads"),
+        (("--in", "data.jsonl", "--out", "data.jsonl", "--overwrite"), "is what is read"),
+        (("--in", "there.partial", "--out", "there", "--overwrite"), "--out there.partial is what is read"),
     ):
         code, said, err = fewer("prompt", *words, *PLAIN)
         assert (code, said) == (2, "") and why in " ".join(err.split()), (words, err)

@@ -89,7 +89,7 @@ def test_rates_are_fitted_on_a_folder_of_pictures(fewer, photo: Path, model: str
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("fit", "kvzap", "--flops", "0.5"), "kvzap is not fitted to a share of FLOPs"),
+        (("fit", "kvzap", "--flops", "0.5"), "--flops 0.5 means nothing for kvzap, which takes --tokens and --length"),
         (("fit", "diffrate", "--data", "nowhere"), "--data nowhere"),
     ],
 )
@@ -157,6 +157,8 @@ def test_a_question_is_asked(
 
 def test_a_question_for_a_method_of_encoders_and_a_bad_model(fewer, photo: Path, model: str, asked: str) -> None:
     words = ("image", str(photo), "--question", "what is here", "--keep", "16")
+    code, _, err = fewer(*words, "--method", "snapkv")
+    assert code == 2 and "as in fastv,snapkv" in err
     code, _, err = fewer(*words, "--method", "bm25", "--model", asked)
     assert code == 2 and "shortens texts" in err
     code, _, err = fewer(*words, "--method", "fastv", "--model", model)

@@ -1,5 +1,8 @@
 """The command line: thin functions that read options and call the library."""
 
+import re
+import sys
+
 import typer
 from rich.console import Console
 
@@ -31,5 +34,25 @@ def main() -> None:
     try:
         app()
     except FewerError as error:
-        err.print(f"fewer: {error}", style="red", highlight=False, markup=False)
+        err.print(f"fewer: {_as_typed(str(error))}", style="red", highlight=False, markup=False)
         raise SystemExit(2) from None
+
+
+def _as_typed(message: str) -> str:
+    """A message of the library, which says keep=0.5, with this command's options as they are typed, --keep 0.5.
+
+    What stands in a call's parentheses, or begins a quote, stays as it is.
+    """
+    commands = getattr(typer.main.get_command(app), "commands", {})
+    names = {
+        option.removeprefix("--").replace("-", "_"): option
+        for parameter in getattr(commands.get(sys.argv[1]), "params", ())
+        for option in parameter.opts
+        if option.startswith("--")
+    }
+
+    def typed(found: re.Match[str]) -> str:
+        option = names.get(found["name"] or "")
+        return found[0] if option is None else option + (" " if found["value"] is not None else "")
+
+    return re.sub(r"\w\([^()]*\)|(?<![\w'\"-])(?P<name>[a-z_]+)=(?P<value>(?=[^\s,;)]))?", typed, message)

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from fewer.cli.common import err, out, print_json
+from fewer.cli.common import check_outputs, err, out, print_json
 from fewer.prompts.bulk import Engine, Shortener, local
 from fewer.prompts.checkpoint import Summary, shorten_lines
 from fewer.types import FewerError, UnknownName
@@ -47,8 +47,7 @@ def shorten_file(
 
     if str(target) == "-":
         raise FewerError("--out -: what is interrupted goes on from a file; name one")
-    if target.exists() and source.exists() and target.samefile(source):
-        raise FewerError(f"--out {target} is what --in reads; name another file")
+    check_outputs(("--out", target), ("--out", Path(f"{target}.partial")), read=[source])
     said = TextColumn("{task.fields[said]}")
     columns = (said, BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     try:
@@ -61,7 +60,10 @@ def shorten_file(
                 errors = f", {total.errors:,} with errors" if total.errors else ""
                 progress.update(bar, completed=total.size, said=f"{total.lines:,} lines{errors}")
 
-            summary = shorten_lines(_read(lines, source), target, shortener, engine, overwrite=overwrite, tick=tick)
+            name = "the input" if whole is None else str(source)
+            summary = shorten_lines(
+                _read(lines, source), target, shortener, engine, overwrite=overwrite, tick=tick, name=name
+            )
             progress.update(bar, completed=whole or summary.size, total=whole or summary.size)
     except KeyboardInterrupt:
         err.print(f"interrupted; the same command goes on where {target}.partial ends", highlight=False, markup=False)

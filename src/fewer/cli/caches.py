@@ -8,11 +8,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fewer import fit as fits
-from fewer.cli.common import Json, ModelName, err, listed, out, print_json, progress, read_keep, read_text
+from fewer.cli.common import (
+    Json,
+    ModelName,
+    check_outputs,
+    err,
+    listed,
+    out,
+    print_json,
+    print_text,
+    progress,
+    read_keep,
+    read_text,
+    refuse_empty,
+)
 from fewer.compress import compress
-from fewer.methods import of_family, resolve
+from fewer.methods import of_family, resolve, resolve_store
+from fewer.methods.any.full import Full
 from fewer.tuning.planfile import TunedPlan
-from fewer.types import FewerError, Keep, UnknownName
+from fewer.types import Budget, FewerError, Keep, UnknownName
 
 if TYPE_CHECKING:
     from fewer.report import Report
@@ -41,8 +55,10 @@ def compare(
     from fewer_eval import tasks as known
     from fewer_eval.schema import Question
 
-    chosen = fitted(listed(methods), fit)
-    keeps = [read_keep(text) for text in listed(keep)]
+    places = [("--out", folder / name) for name in ("report.html", "results.jsonl")]
+    check_outputs(*places, read=[data, *(fit or ())], makes_folders=True)
+    chosen = fitted(listed(methods, "--methods"), fit)
+    keeps = [read_keep(text) for text in listed(keep, "--keep")]
     own = None if data is None else known.from_jsonl(data)
     run = [own] if own is not None else _tasks(tasks)
     if unseen and own is None:
@@ -81,14 +97,18 @@ def _compare(
         tokens=tokens, samples=samples, hardware=environment.hardware(), versions=environment.versions(),
         kept=done.kept, notes=done.notes, worst=done.worst,
     )  # fmt: skip
-    report.write_html(folder / "report.html", done.rows, info)
-    report.write_jsonl(folder / "results.jsonl", done.rows, info)
-    if as_json:
+    if as_json:  # first, so that it is not lost with a disk that has filled up
         print_json({"rows": [row.to_dict() for row in done.rows]})
-        return
-    out.print(report.table(done.rows))
-    out.print(report.summary(done.rows), highlight=False)
-    out.print(f"wrote {folder / 'report.html'} and {folder / 'results.jsonl'}", highlight=False)
+    else:
+        out.print(report.table(done.rows))
+        out.print(report.summary(done.rows), highlight=False)
+    try:
+        report.write_html(folder / "report.html", done.rows, info)
+        report.write_jsonl(folder / "results.jsonl", done.rows, info)
+    except OSError as why:
+        raise FewerError(f"--out {folder} cannot be written: {why.strerror}") from None
+    if not as_json:
+        out.print(f"wrote {folder / 'report.html'} and {folder / 'results.jsonl'}", highlight=False)
 
 
 def generate(
@@ -117,15 +137,17 @@ def generate(
     from fewer.models import load
 
     text = _prompt(prompt, file)
+    refuse_empty({"--method": method, "--keep": keep, "--question": question, "--store": store, "--model": model})
     if plan is not None:
         given = {
-            "method": method, "keep": keep, "when": when, "every": every, "store": store, "fit": fit, "plain": plain,
+            "method": method, "keep": keep, "when": when, "every": every, "store": store, "fit": fit or None,
+            "plain": plain or None,
         }  # fmt: skip
-        if extra := [name for name, value in given.items() if value]:
+        if extra := [name for name, value in given.items() if value is not None]:
             raise FewerError(f"--plan {plan} says all of it; leave out --{', --'.join(extra)}")
         _by_plan(plan, text, question, max_new_tokens, model, as_json)
         return
-    (chosen,), budget = fitted([method or "snapkv"], fit), read_keep(keep or "0.25")
+    chosen, budget = _asked("snapkv" if method is None else method, keep, when, every, store, fit)
     loaded, tokenizer = load(model or "default", say=err.print)
     if question is not None:
         text = f"{text}\n\n{question}"
@@ -138,6 +160,29 @@ def generate(
         tokens = run_model(**ids, max_new_tokens=max_new_tokens or 128, do_sample=False)
     answer = str(tokenizer.decode(tokens[0, ids.input_ids.shape[1] :], skip_special_tokens=True))
     _say(answer, run.report, as_json)
+
+
+def _asked(
+    name: str, keep: str | None, when: str | None, every: int | None, store: str | None, fit: list[Path] | None
+) -> tuple[Any, Keep]:
+    """The method and the budget; what is wrong with them, or with the rest, is said before a model is loaded."""
+    from fewer.adapters.hf_policy import Policy
+
+    if name.endswith(".toml"):
+        raise FewerError(f"--method {name}: give a plan by --plan {name}, without --method and --keep")
+    if "+" in name:
+        first, _, second = name.partition("+")
+        raise FewerError(f"--method {name}: give the store by itself, --method {first} --store {second}")
+    (method,) = fitted([name], fit)
+    if isinstance(method, Full) and keep is None:
+        keep = "1.0"
+    budget = read_keep("0.25" if keep is None else keep)
+    if isinstance(method, Full) and budget != 1:
+        raise FewerError(f"--keep {keep}: full keeps everything; leave it out, or name another --method")
+    policy = Policy.of(method, Budget.parse(budget), when, every, resolve_store(store))
+    if every is not None and policy.when == "prefill":
+        raise FewerError(f"--every {every}: {name} compresses after the prompt alone; add --when decode, or both")
+    return method, budget
 
 
 def _by_plan(
@@ -168,7 +213,7 @@ def _say(answer: str, report: "Report", as_json: bool) -> None:
     if as_json:
         print_json({"text": answer, "report": report.to_dict()})
         return
-    print(answer)  # noqa: T201
+    print_text(answer)
     err.print(str(report), highlight=False, markup=False)
 
 
@@ -205,7 +250,7 @@ def _tasks(text: str) -> "list[Task]":
 
     from fewer_eval.tasks import TASKS
 
-    names = list(TASKS) if text == "all" else listed(text)
+    names = list(TASKS) if text == "all" else listed(text, "--tasks")
     for name in names:
         if name not in TASKS:
             near = " or ".join(get_close_matches(name, TASKS, n=3)) or "one of them"

@@ -6,9 +6,12 @@ from typing import Annotated, Any
 import typer
 
 from fewer import fit as fits
-from fewer.cli.common import Json, ModelName, err, out, print_json, read_text
+from fewer.cli.common import Json, ModelName, check_outputs, err, out, print_json, read_text
 from fewer.methods import METHODS, resolve
 from fewer.types import FewerError
+
+TAKES = {"images": ("--size", "--flops"), "cited": ("--tokens",), "documents": ("--tokens",)}
+"""What says how much to fit on, by what it is; for the others it is --tokens and --length."""
 
 
 def fit_method(
@@ -21,8 +24,12 @@ def fit_method(
     tokens: Annotated[
         int | None, typer.Option(help="Tokens to fit on, in all; default 12,000, or 90,000 for llmlingua2.", min=64)
     ] = None,
-    length: Annotated[int, typer.Option(help="Length of a context in tokens.", min=64)] = 1000,
-    size: Annotated[int, typer.Option(help="Pixels a side, for methods that are fitted on pictures.")] = 224,
+    length: Annotated[
+        int | None, typer.Option(help="Length of a context in tokens, for methods of caches; default 1000.", min=64)
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(help="Pixels a side, for methods that are fitted on pictures; default 224.")
+    ] = None,
     flops: Annotated[
         float | None, typer.Option(help="The share of FLOPs to fit to, for methods that want one.")
     ] = None,
@@ -40,16 +47,16 @@ def fit_method(
     if fit_to is None:
         able = ", ".join(name for name, one in METHODS.items() if fits.wants(one))
         raise FewerError(f"{method} needs no fit; methods that want one are {able}")
-    if not file.parent.is_dir():
-        raise FewerError(f"--out {file}: there is no folder {file.parent}")
-    fits_on, options = getattr(known, "fits_on", "text"), {}
-    if flops is not None:
-        if fits_on != "images":
-            raise FewerError(f"--flops {flops}: {method} is not fitted to a share of FLOPs")
-        options["flops"] = flops
+    check_outputs(("--out", file), read=[data])
+    fits_on = getattr(known, "fits_on", "text")
+    takes = TAKES.get(fits_on, ("--tokens", "--length"))
+    for option, value in {"--tokens": tokens, "--length": length, "--size": size, "--flops": flops}.items():
+        if value is not None and option not in takes:
+            raise FewerError(f"{option} {value} means nothing for {method}, which takes {' and '.join(takes)}")
+    options = {} if flops is None else {"flops": flops}
     loaded: Any
     if fits_on == "images":
-        loaded, contexts = _pictures(data, model, size)
+        loaded, contexts = _pictures(data, model, 224 if size is None else size)
     elif fits_on == "cited":
         from fewer.score.embed import embedder
         from fewer_eval.cited import passages
@@ -66,7 +73,9 @@ def fit_method(
     else:
         own = None if data is None else read_text(data, "--data")
         loaded, tokenizer = load(model, say=err.print)
-        contexts = (needles if fits_on == "needles" else contexts_of)(tokenizer, own, tokens or 12_000, length, seed)
+        contexts = (needles if fits_on == "needles" else contexts_of)(
+            tokenizer, own, tokens or 12_000, length or 1000, seed
+        )  # fmt: skip
     columns = (TextColumn("{task.description:32s}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=err) as progress:
         bar = progress.add_task("starting", total=1.0)

@@ -5,7 +5,19 @@ from typing import Annotated, Any
 
 import typer
 
-from fewer.cli.common import Json, ModelName, err, listed, out, print_json, read_keep
+from fewer.cli.common import (
+    Json,
+    ModelName,
+    check_outputs,
+    check_share,
+    err,
+    listed,
+    out,
+    print_json,
+    read_keep,
+    refuse_empty,
+)
+from fewer.methods import family_of, resolve
 from fewer.types import FewerError
 
 
@@ -18,7 +30,9 @@ def image(
         str, typer.Option(help="The share of patches left at the end, or '0.6 flops'; with --question also a count.")
     ] = "0.5",
     question: Annotated[str | None, typer.Option(help="Ask a vision-language model about the picture.")] = None,
-    size: Annotated[int, typer.Option(help="Pixels a side that the model sees, a multiple of its patches.")] = 448,
+    size: Annotated[
+        int | None, typer.Option(help="Pixels a side that the model sees, a multiple of its patches; default 448.")
+    ] = None,
     file: Annotated[Path, typer.Option("--out", help="Where the drawing goes.")] = Path("overlay.png"),
     model: ModelName = "default",
     as_json: Json = False,
@@ -28,19 +42,33 @@ def image(
     from PIL import Image, UnidentifiedImageError
 
     from fewer import compress, vision
+    from fewer.allocate.schedule import Schedule
     from fewer_eval.overlay import overlay
 
+    refuse_empty({"--question": question})
+    check_outputs(("--out", file), read=[photo])
+    if Image.registered_extensions().get(file.suffix.lower()) not in Image.SAVE:
+        raise FewerError(f"--out {file}: no kind of picture ends so; let it end in .png")
+    methods = listed(method, "--method")
+    _check_families(methods, question is not None)
     try:
         with Image.open(photo) as opened:
             picture = opened.convert("RGB")
     except (OSError, UnidentifiedImageError) as why:
         raise FewerError(f"{photo} is no picture that can be read: {why}") from why
     if question is not None:
-        _asked(picture, question, listed(method), read_keep(keep), model, file, as_json)
+        if size is not None:
+            raise FewerError(f"--size {size}: with --question the model's processor decides that; leave it out")
+        _asked(picture, question, methods, read_keep(keep), model, file, as_json)
         return
-    loaded, _ = vision.load_vision(model, say=err.print)
+    if "flops" in keep.lower():
+        asked = Schedule(keep).keep
+    else:
+        check_share(keep, ", or a share of the FLOPs such as '0.6 flops'")
+        asked = read_keep(keep)
+    (method,), size = methods, 448 if size is None else size
     pixels = vision.preprocess(picture, size)
-    asked: Any = keep if "flops" in keep.lower() else read_keep(keep)
+    loaded, _ = vision.load_vision(model, say=err.print)
     with torch.inference_mode(), compress(loaded, method, asked) as run:
         loaded(pixel_values=pixels)
     assert run.grid is not None
@@ -54,6 +82,21 @@ def image(
         print_json({**said, "flops": run.flops})
         return
     out.print(f"{len(patches)} patches in {kept} tokens, {dropped} dropped; {run.flops:.2f} of the FLOPs; wrote {file}")
+
+
+def _check_families(methods: list[str], asked: bool) -> None:
+    """Refuse what shortens nothing of a picture, before a model is loaded."""
+    families = [family_of(type(resolve(name))) for name in methods]
+    if not asked and (len(methods) > 1 or families[0] not in ("vit", "any")):
+        raise FewerError(
+            f"--method {','.join(methods)}: without --question it is one method for encoders; `fewer methods --family "
+            f"vit` lists them"
+        )
+    if asked and set(families) == {"kv"}:
+        raise FewerError(
+            f"--method {','.join(methods)} shortens a cache, and none of the visual tokens before it; name one that "
+            f"does, alone or first, as in fastv,{methods[-1]}: `fewer methods --family vlm` lists them"
+        )
 
 
 def _save(drawn: Any, file: Path) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from fewer import fit as fits
 from fewer.cli.bulk import engine_of, shorten_file
-from fewer.cli.common import Json, err, print_json, read_text
+from fewer.cli.common import Json, check_outputs, check_share, err, print_json, read_text, stdout
 from fewer.methods import resolve_prompt
 from fewer.prompts.bulk import Shortener
 from fewer.prompts.compression import restore as restored
@@ -60,11 +60,13 @@ def prompt(
     With --in and --out: every line of a JSONL file. One that cannot be shortened says why in its field error, and the
     exit code is 1 if there are any. What was interrupted goes on when the same command is given again.
     """
+    if keep is not None:
+        check_share(keep, ", or give --tokens")
     if source is not None or target is not None:
         if source is None or target is None:
             raise FewerError("--in and --out go together: where prompts come from, and where they go")
-        wrong = {"FILES": files, "--documents": separator, "--html": html, "--patch": patch}
-        if given := [name for name, value in wrong.items() if value]:
+        wrong = {"FILES": files or None, "--documents": separator, "--html": html, "--patch": patch}
+        if given := [name for name, value in wrong.items() if value is not None]:
             raise FewerError(f"{given[0]} is for single texts, and --in for many: give one of them")
         shortener = Shortener(
             method if fit is None else _method(method, fit), keep=keep, tokens=tokens, question=question,
@@ -80,6 +82,7 @@ def prompt(
         raise FewerError(f"{given[0]} goes with --in and --out")
     if sum(str(file) == "-" for file in files) > 1:
         raise FewerError("standard input can be read once only: give '-' once")
+    check_outputs(("--html", html), ("--patch", patch), read=[*files, fit])
     texts = [_read(file, "FILE") for file in files]
     parts = texts if separator is None else [part for text in texts for part in text.split(_typed(separator))]
     rules = [*(protect or ()), *map(_pattern, protect_regex or ()), *map(named, protect_class or ())]
@@ -157,5 +160,5 @@ def _write(file: Path, text: str, option: str) -> None:
 
 def _put(text: str) -> None:
     """Text to stdout, byte for byte: print would end it with a line break, and some systems change those within."""
-    sys.stdout.buffer.write(text.encode())
-    sys.stdout.buffer.flush()
+    with stdout():
+        sys.stdout.buffer.write(text.encode())

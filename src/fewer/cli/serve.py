@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fewer.cli.common import err
+from fewer.cli.common import check_share, err
 from fewer.types import FewerError
 
 
@@ -48,7 +48,8 @@ def serve(
             raise FewerError(f"--plan {plan} says what to do with texts; leave out --method, --keep and --protect")
         method, keep, protect, counts = _planned(plan)
         tokenizer = tokenizer or counts
-    method, keep = method or "llmlingua2", 0.5 if keep is None else keep
+    method, keep = "llmlingua2" if method is None else method, 0.5 if keep is None else keep
+    check_share(str(keep))
     settings = Settings(
         host=host, upstream=upstream, method=method, keep=keep, frozen=frozen, protect=tuple(protect or ()),
         tokenizer=tokenizer, limit_mb=limit_mb, timeout=timeout, upstream_timeout=upstream_timeout, workers=workers,

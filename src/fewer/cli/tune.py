@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fewer.cli.common import Json, ModelName, err, listed, out, print_json, progress
+from fewer.cli.common import Json, ModelName, check_outputs, err, listed, out, print_json, progress
 from fewer.types import FewerError
 
 
@@ -52,11 +52,12 @@ def tune(
     from fewer.tuning.losses import resolve_loss
     from fewer_eval import environment, report
 
+    tried = None if methods is None else listed(methods, "--methods")
+    places = [("--out", folder / name) for name in ("report.html", "tuned.json", "answers.jsonl")]
+    check_outputs(("--plan", plan), *places, read=[data, *(fit or ())], makes_folders=True)
     examples = read(data)  # before a model is loaded: most mistakes are here
     resolve_loss(measure)
     parted(examples, loss, confidence, measure, seed)
-    for place in (plan, folder / "report.html"):
-        _room(place)
     loaded, processor, host = _loaded(model, examples, max_new_tokens)
     if host is not None:
         model = "reference-vlm"
@@ -70,7 +71,7 @@ def tune(
 
         found = search(
             loaded, examples, loss=loss, confidence=confidence, aim=aim.value,
-            methods=None if methods is None else listed(methods), measure=measure, processor=processor,
+            methods=tried, measure=measure, processor=processor,
             fit=fit or (), unseen=unseen, levels=levels, max_new_tokens=max_new_tokens, record=folder / "answers.jsonl",
             seed=seed, name=model, host=host, tick=tick,
         )  # fmt: skip
@@ -100,13 +101,6 @@ def tune(
         if plan.exists():
             err.print(f"{plan} is of an earlier run, and was left as it is", highlight=False, markup=False)
         raise typer.Exit(3)
-
-
-def _room(place: Path) -> None:
-    """Refuse now what could not be written in hours."""
-    above = next(folder for folder in place.absolute().parents if folder.exists())
-    if not above.is_dir() or place.is_dir():
-        raise FewerError(f"{place} cannot be written: {above if not above.is_dir() else place} is in the way")
 
 
 def _loaded(name: str, examples: Any, most: int) -> tuple[Any, Any, Any]:

@@ -50,7 +50,8 @@ class Item(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of an item: a line of output, or what is wrong with the input, where nothing can go on.
+    """What became of an item: a line of output, or what is wrong with the input, where nothing can go on,
+    and the number of that line.
 
     `size` is the item's length in bytes; `before` and `after` are tokens, 0 where `failed` (the line says why).
     """
@@ -61,6 +62,7 @@ class Outcome(NamedTuple):
     after: int = 0
     failed: bool = False
     wrong: str = ""
+    number: int = 0
 
 
 class BadLine(FewerError):
@@ -102,7 +104,7 @@ class Shortener:
         try:
             given, prompt = _read(item)
         except BadLine as why:
-            return Outcome(b"", len(item.raw), wrong=str(why))
+            return Outcome(b"", len(item.raw), wrong=str(why), number=item.number)
         carried = {name: value for name, value in given.items() if name not in ("text", "documents")}
         mark = {"line": item.number, "digest": item.digest}
         try:

@@ -48,7 +48,7 @@ Tick = Callable[[Summary], None]
 
 def shorten_lines(
     lines: Iterable[bytes], out: str | Path, shortener: Shortener, engine: Engine = local, *, overwrite: bool = False,
-    tick: Tick | None = None,
+    tick: Tick | None = None, name: str = "the input",
 ) -> Summary:  # fmt: skip
     """Shorten every line of a JSONL source into the file `out`; see `fewer.prompts.bulk` for both formats.
 
@@ -62,6 +62,7 @@ def shorten_lines(
         engine: who does it; `fewer.adapters.ray.engine()` for a Ray cluster.
         overwrite: replace `out` if it is there; at the end, and in one step.
         tick: called with the sum so far after every line.
+        name: what messages call the source where a line of it is to be mended.
 
     Raises:
         FewerError: `out` is there already, or cannot be written; a line of the source is none of the kind that is read,
@@ -85,7 +86,7 @@ def shorten_lines(
         total = replace(total, resumed=total.lines)
         for outcome in engine(shortener, coming):
             if outcome.wrong:
-                raise FewerError(f"{outcome.wrong}. {_stays(partial, total)}")
+                raise FewerError(f"{outcome.wrong}. {_stays(partial, total, f'line {outcome.number} of {name}')}")
             _append(file, outcome.line, partial, total)
             total = total.plus(outcome)
             if tick is not None:
@@ -102,10 +103,12 @@ def shorten_lines(
     return total
 
 
-def _stays(partial: Path, total: Summary) -> str:
+def _stays(partial: Path, total: Summary, bad: str = "") -> str:
+    """What is there of a run that stopped; `bad` is the line that has to be mended before it can go on."""
+    mend = f"; mend {bad}, then the same command goes on there" if bad else ""
     if not total.lines:
-        return "Nothing was written"
-    return f"The {total.lines:,} lines before it are in {partial}; the same command goes on after them"
+        return f"Nothing was written{mend}"
+    return f"The {total.lines:,} lines before it are in {partial}{mend or '; the same command goes on after them'}"
 
 
 def _locked(partial: Path) -> FileIO:
