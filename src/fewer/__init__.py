@@ -30,6 +30,7 @@ from fewer.types import (
 )
 
 if TYPE_CHECKING:
+    from fewer import cost
     from fewer.adapters.hf_cache import Cache
     from fewer.tuning.dial import tune
     from fewer.tuning.planfile import TunedPlan
@@ -64,6 +65,7 @@ __all__ = [
     "compress",
     "compress_messages",
     "compress_prompt",
+    "cost",
     "protect",
     "restore",
     "restore_messages",
@@ -81,6 +83,8 @@ _LATER = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "cost":  # a module, which few need
+        return import_module("fewer.cost")
     if name in _LATER:
         return getattr(import_module(_LATER[name]), name)
     raise AttributeError(f"module 'fewer' has no attribute {name!r}")

@@ -10,7 +10,7 @@ import fewer
 from fewer.allocate.levels import Levels, levelled
 from fewer.methods import name_of, resolve
 from fewer.methods.kv.kivi import KIVI
-from fewer.types import BudgetError
+from fewer.types import BudgetError, Tokens
 from tests.tiny import prompt, tiny
 
 KEEP = [0.5, 0.25, [0.1, 0.9]]
@@ -67,6 +67,20 @@ def test_what_a_levelled_method_is_asked() -> None:
     made, budget = levelled(resolve("fastkv"), [0.5, 0.25])
     assert isinstance(made, Levels) and budget.fraction == 0.375 and name_of(made) == "fastkv"
     assert callable(made.shortens) and getattr(made, "reads", None) is None  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("keep", "mean"), [([0.8, [0.1, 0.3]], 0.5), ([9, [2, 4]], 6), ([0.9, 0.2, [0.1] * 8], 0.4)])
+def test_layers_weigh_alike_however_many_heads_they_list(keep: list[Any], mean: float) -> None:
+    assert levelled(resolve("knorm"), keep)[1].keep == pytest.approx(mean)
+
+
+def test_no_more_stays_than_there_is() -> None:
+    """Of 40 tokens so far, 12 are left: a half of all, 20, is more than that, and a tenth is 4."""
+    made, budget = Levels.of(resolve("knorm"), [[0.5, 0.1]])
+    keys, none = torch.randn(1, 2, 12, 4), torch.zeros(1, 2, 12, dtype=torch.bool)
+    places = torch.arange(28, 40).expand(1, 2, 12)
+    tokens = Tokens(features=keys, positions=places, padding=none, protected=none, seen=torch.tensor([40]))
+    assert made.allocate(tokens, made.score(tokens), budget).counts.tolist() == [[12, 4]]
 
 
 @pytest.mark.parametrize(

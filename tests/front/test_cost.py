@@ -1,8 +1,11 @@
 """Caches in closed form: bytes and FLOPs of every method are those that a run on a tiny model really takes."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +29,8 @@ from fewer.methods.kv.snapkv import SnapKV
 from fewer.methods.kv.tidaldecode import TidalDecode
 from fewer.methods.kv.zipvl import ZipVL
 from fewer.tiers import ChannelSeparable
+from fewer.tuning.planfile import TunedPlan
+from fewer.tuning.setting import Held, Setting
 from fewer.types import BudgetError, FewerError, UnknownName
 from tests.laws.scene import BY_HAND
 from tests.tiny import prompt, tiny
@@ -273,7 +278,44 @@ def test_bad_input() -> None:
         cost.of(model(), "razorattention", 0.5, tokens=10)
     with pytest.raises(FewerError, match="keeps every token"):
         cost.of(model(), "kivi", 0.5, tokens=10)
-    with pytest.raises(FewerError, match="visual="):
-        cost.of(model(), "fastv", 0.5, tokens=10)
     with pytest.raises(FewerError, match="family='kv'"):
         cost.of(model(), "random", 0.5, tokens=10, family="kv")
+
+
+FOREIGN: dict[str, Any] = {
+    "visual": (4,), "separators": 2, "per": "prompt", "counted": "mean", "schedule": "linear", "beside": 0, "scorer": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_options_of_others_mean_nothing_for_a_cache(name: str) -> None:
+    with pytest.raises(FewerError, match=rf"cost\.of\({name}=\.\.\.\) means nothing for a decoder's cache"):
+        cost.of(model(), KNorm(), 0.5, tokens=10, **{name: FOREIGN[name]})
+
+
+@pytest.mark.parametrize("name", ["tome", "fastv", ["knorm", "snapkv"]])
+def test_methods_of_others_are_refused_as_compress_refuses_them(name: Any) -> None:
+    said = []
+    for ask in (lambda: cost.of(model(), name, 0.5, tokens=10), lambda: read("llama", name, 0.5, prompt(10))):
+        with pytest.raises(FewerError) as why:
+            ask()
+        said.append((type(why.value), str(why.value)[-30:] if name == "tome" else ""))
+    assert said[0] == said[1]
+
+
+def test_a_plan_is_not_costed() -> None:
+    plan = TunedPlan(Setting(held=Held("knorm", 0.5)))
+    for given in ("plan.toml", Path("plan.toml"), plan):
+        with pytest.raises(FewerError, match=r"a plan is not costed whole; .* fewer\.TunedPlan\.load"):
+            cost.of(model(), given, tokens=10)
+
+
+def test_it_is_there_when_it_is_asked_for() -> None:
+    code = (
+        "import sys, fewer\n"
+        "assert 'fewer.cost.caches' not in sys.modules\n"
+        "assert callable(fewer.cost.of)\n"
+        "assert 'transformers' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)  # noqa: S603
+    assert (done.returncode, done.stderr) == (0, "")

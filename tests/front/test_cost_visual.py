@@ -12,7 +12,7 @@ from fewer.cost import Cost, Decoder
 from fewer.cost.encoders import CEILING
 from fewer.methods import METHODS, of_family
 from fewer.methods.kv.kivi import KIVI
-from fewer.types import BudgetError, FewerError
+from fewer.types import BudgetError, FewerError, UnsupportedModel
 from tests import vlms
 from tests.adapters.encoders import PREFIX, encoder, inputs
 from tests.tiny import tiny
@@ -74,6 +74,11 @@ def test_encoders_refuse() -> None:
         cost.of(encoder("dinov2"), "tome", 0.5, tokens=37, beside=40)
     with pytest.raises(FewerError, match="makes 36 patches"):
         cost.of(encoder("dinov2"), "tome", 0.5, tokens=10)
+    with pytest.raises(UnsupportedModel, match="is an encoder, and 'knorm' shortens a decoder's cache"):
+        cost.of(encoder("dinov2"), "knorm", 0.5, tokens=37)
+    for more in ({"store": "kivi-4bit"}, {"when": "both"}, {"every": 3}, {"new_tokens": 9}, {"visual": (36,)}):
+        with pytest.raises(FewerError, match=rf"\({next(iter(more))}=\.\.\.\) means nothing for an encoder"):
+            cost.of(encoder("dinov2"), "tome", 0.5, tokens=37, **more)  # type: ignore[arg-type]
     assert cost.of(encoder("dinov2"), "random", 0.5, tokens=10, beside=1).tokens == 6, "nine patches, of which 5 stay"
 
 
@@ -174,6 +179,12 @@ def test_pictures_refuse() -> None:
             cost.of(model, ["random"], 0.5, tokens=tokens, visual=visual)
     with pytest.raises(BudgetError, match="names 2 budgets for 1 stages"):
         cost.of(model, ["random"], [0.5, 0.2], tokens=50, visual=(36,))
+    for name in ("fastv", "tome"):
+        with pytest.raises(FewerError, match="pass visual="):
+            cost.of(model, name, 0.5, tokens=50)
+    for more in ({"when": "both"}, {"schedule": "linear"}, {"beside": 1}):
+        with pytest.raises(FewerError, match=rf"\({next(iter(more))}=\.\.\.\) means nothing for visual tokens"):
+            cost.of(model, ["random"], 0.5, tokens=50, visual=(36,), **more)  # type: ignore[arg-type]
 
 
 # --- prompts ---
@@ -195,6 +206,11 @@ def test_prompts() -> None:
     for keep in ("1MB", 0, 2.0):
         with pytest.raises(BudgetError, match="keep="):
             cost.of(model, "bm25", keep, tokens=100)
+    for more in ({"store": "kivi-4bit"}, {"when": "decode"}, {"visual": (36,)}):
+        with pytest.raises(FewerError, match=rf"\({next(iter(more))}=\.\.\.\) means nothing for a prompt"):
+            cost.of(model, "bm25", 0.5, tokens=100, **more)  # type: ignore[arg-type]
+    with pytest.raises(FewerError, match=r"scorer=.* means nothing for 'bm25'"):
+        cost.of(model, "bm25", 0.5, tokens=100, scorer=small)
 
 
 def test_what_a_text_comes_to_is_no_more_than_said() -> None:

@@ -151,6 +151,14 @@ def test_written_units_are_told_apart() -> None:
     assert fewer.restore(kept.text, kept.patch()) == text
 
 
+def test_only_the_very_documents_verify() -> None:
+    for sources in (["one two", "three"], ["one two"], ["one two", ""]):
+        done = fewer.compress_prompt(sources, "random", keep=0.5, tokenizer="characters")
+        assert done.verify(sources)
+        for others in ([*sources, "more"], [*sources, ""], sources[:-1], ["", *sources]):
+            assert not done.verify(others)
+
+
 def test_a_document_written_away_leaves_no_blank_lines() -> None:
     class Empties:
         def rank(self, source: Source, budget: Budget | None) -> Ranking:

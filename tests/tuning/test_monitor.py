@@ -20,13 +20,16 @@ def differ(full: str, said: str) -> float:
     return float(full != said)
 
 
+SHARES = [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128]
+
+
 def naive(losses: list[float], alpha: float) -> float:
     """Every bet from every start, each followed by itself, and what is kept for starts to come."""
     n = len(losses)
     begun = sum(
-        1 / (s * (s + 1)) * math.prod(1 + bet * (x - alpha) / alpha for x in losses[s - 1 :]) / len(BETS)
+        1 / (s * (s + 1)) * math.prod(1 + bet * (x - alpha) / alpha for x in losses[s - 1 :]) / len(SHARES)
         for s in range(1, n + 1)
-        for bet in BETS
+        for bet in SHARES
     )
     return begun + 1 - sum(1 / (s * (s + 1)) for s in range(1, n + 1))
 
@@ -106,6 +109,14 @@ def test_a_drift_is_noticed_even_after_a_long_good_time() -> None:
             monitor.add_loss(loss)
         assert monitor.broken_at is not None
         assert before < monitor.broken_at < before + 200
+
+
+@pytest.mark.parametrize(("alpha", "every", "at"), [(0.1, 1, 4), (0.02, 10, 50), (0.02, 25, 575), (0.01, 50, 1200)])
+def test_how_soon_the_alarm_comes(alpha: float, every: int, at: int) -> None:
+    """Where one check in so many loses all; the nearer that is to what is allowed, the smaller the bets that tell."""
+    monitor, losses = Monitor(alpha), [float(i % every == 0) for i in range(1, at + 1)]
+    assert [monitor.add_loss(loss) for loss in losses] == [True] * (at - 1) + [False]
+    assert naive(losses[:-1], alpha) < 20 <= naive(losses, alpha)
 
 
 def test_the_alarm_stays() -> None:

@@ -3,17 +3,21 @@
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
 
 import fewer
+from fewer.adapters import encoder_state, vlm_run, vlm_stages
+from fewer.adapters.hf_policy import When
 from fewer.fit import fingerprint
 from fewer.tuning import planfile
 from fewer.tuning.planfile import Promise, TunedPlan
-from fewer.tuning.setting import Held, Setting, Text
+from fewer.tuning.setting import WORDS, Held, Setting, Text
 from fewer.types import FewerError, FewerWarning
 from tests.tiny import prompt, tiny
+from tests.unit.test_types import unchecked
 
 PROMISE = Promise(0.02, 0.95, "wrong", 180, 0.0, 0.026, 30, 0.0)
 
@@ -123,6 +127,11 @@ def test_an_edited_plan_has_no_promise(tmp_path: Path, model: object) -> None:
         ('format = "fewer-plan 1"\n[setting.text]\nmethod = "bm25"\nkeep = true', "cannot be read: it is bool"),
         ('format = "fewer-plan 1"\n[setting.text]\nmethod = "bm25"\nkeep = 0.5\nprotect = [3]', "it lists names"),
         ('format = "fewer-plan 1"\n[setting.text]\nmethod = "bm25"\nkeep = 0.5\nprotect = ["nums"]', "nums"),
+        ('format = "fewer-plan 1"\nmodel = 5\n[setting.held]\nmethod = "knorm"', "model = 5 cannot be read"),
+        (
+            'format = "fewer-plan 1"\nfingerprint = 5\n[setting.held]\nmethod = "knorm"',
+            "fingerprint = 5 cannot be",
+        ),
         ('format = "fewer-plan 1"\n[promise]\nloss = 0.5\n[setting.held]\nmethod = "knorm"', "was changed since"),
     ],
 )
@@ -132,6 +141,52 @@ def test_nonsense_is_named(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(FewerError, match=said) as why:
         TunedPlan.load(path)
     assert str(path) in str(why.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('store = "kivi-4bit-x"', "no method 'kivi-4bit-x'"),
+        ('store = "knorm"', "store='knorm' names no form of storage"),
+        ('when = "never"', "when='never': it is 'prefill' or 'decode' or 'both'"),
+        ("every = 0", "every=0: a number of decoding steps"),
+        ('schedule = "cubic"', "schedule='cubic': it is 'constant'"),
+        ('per = "page"', "per='page'"),
+        ('counted = "first"', "counted='first'"),
+        ('positions = "none"', "positions='none'"),
+        ('only = "text"', "only='text': it is 'visual'"),
+        ("keep = []", r"keep=\[\]: a list of budgets"),
+        ("keep = [0.5, []]", r"keep=\[0.5, \[\]\]: a list of budgets"),
+        ('keep = "many flops"', "keep='many flops' cannot be read"),
+    ],
+)
+def test_options_that_no_model_takes_are_named(tmp_path: Path, line: str, said: str) -> None:
+    path = tmp_path / "plan.toml"
+    path.write_text(f'format = "fewer-plan 1"\n[setting.held]\nmethod = "knorm"\n{line}')
+    with pytest.raises(FewerError, match=said) as why:
+        TunedPlan.load(path)
+    assert str(path) in str(why.value)
+
+
+def test_stages_are_at_least_one_and_keep_may_be_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "plan.toml"
+    path.write_text('format = "fewer-plan 1"\n[setting.held]\nmethod = []')
+    with pytest.raises(FewerError, match="name at least one stage"):
+        TunedPlan.load(path)
+    path.write_text('format = "fewer-plan 1"\n[setting.held]\nmethod = "knorm"')
+    assert TunedPlan.load(path).setting.held == Held("knorm", 1.0)
+
+
+def test_words_are_those_that_hosts_take() -> None:
+    assert set(get_args(When)) == set(WORDS["when"])
+    assert (WORDS["per"], WORDS["counted"]) == (vlm_stages.PER, vlm_stages.COUNTED)
+    assert {*encoder_state.POSITIONS, *vlm_run.POSITIONS} == set(WORDS["positions"])
+
+
+@pytest.mark.parametrize("path", [None, 5, b"plan.toml", ["plan.toml"], ""])
+def test_what_is_no_path(path: Any) -> None:
+    with pytest.raises(FewerError, match=r"TunedPlan\.load\(.*\): give the path of a plan's file"):
+        unchecked(planfile).TunedPlan.load(path)
 
 
 def test_files_that_cannot_be_read_or_written(tmp_path: Path, model: object, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,7 +124,10 @@ def test_errors_are_value_errors() -> None:
         (0.25, 1000, 250),
         (0.25, 1001, 251),
         (0.25, 1, 1),
-        (0.1, 30, 3),  # 0.1 * 30 is a little more than 3 in floating point
+        (0.1, 30, 3),
+        (0.07, 100, 7),  # 7.000000000000001 in floating point
+        (0.14, 50, 7),
+        (0.55, 200, 110),
         (0.7, 10, 7),
         (0.29, 100, 29),
         (1.0, 7, 7),
@@ -153,6 +156,12 @@ def test_bytes_become_tokens() -> None:
     assert (budget.tokens, budget.size, budget.keep) == (15, None, "1KB")
     assert budget.count(100) == 15 and budget.count(3) == 3
     assert Budget.parse("64B").within(lambda n: 64 * n).count(9) == 1
+
+
+@pytest.mark.parametrize("tokens", range(1, 18))
+def test_bytes_that_fit_exactly_are_taken(tokens: int) -> None:
+    assert Budget.parse(f"{64 * tokens}B").within(lambda n: 64 * n).tokens == tokens
+    assert Budget.parse(f"{64 * tokens + 63}B").within(lambda n: 64 * n).tokens == tokens
 
 
 def test_bytes_that_hold_no_token_are_refused() -> None:

@@ -7,11 +7,12 @@
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from fewer.cost.record import Cost
 from fewer.cost.sizes import Decoder, Encoder
-from fewer.types import FewerError, Keep
+from fewer.types import FewerError, Keep, UnsupportedModel
 
 __all__ = ["Cost", "Decoder", "Encoder", "of"]
 
@@ -54,7 +55,7 @@ def of(
         BudgetError, UnknownName, MissingSignal, UnsupportedModel: what `fewer.compress` would raise; only that bytes
             do not hold what a method always keeps, or that tokens cannot join so fast in a vision tower, is found when
             it runs.
-        FewerError: numbers of tokens or rows that cannot be.
+        FewerError: numbers of tokens or rows that cannot be, or an option that means nothing here.
 
     >>> found = fewer.cost.of(tiny_llama(), "snapkv", 128, tokens=1000, rows=2)
     >>> found.bytes, found.exact  # 2 rows, 3 layers, 2 heads, and 32 numbers and a position for each of 128 tokens
@@ -65,32 +66,64 @@ def of(
     from fewer.cost import caches, encoders, pictures, texts
     from fewer.methods import METHODS, family_of, resolve, resolve_store
     from fewer.prompts.source import PromptMethod
+    from fewer.tuning.planfile import TunedPlan, is_plan
     from fewer.types import Method
 
     for name, value, least in (("tokens", tokens, 1), ("rows", rows, 1), ("new_tokens", new_tokens, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise FewerError(f"cost.of({name}={value!r}): a whole number, at least {least}")
-    several = isinstance(method, (list, tuple))
+    if isinstance(method, (Path, TunedPlan)) or is_plan(method):
+        raise FewerError(
+            f"cost.of({str(method)!r}): a plan is not costed whole; give the method and keep of its setting.held, see "
+            "fewer.TunedPlan.load"
+        )
     if family not in (None, "prompt"):
         raise FewerError(f"cost.of(family={family!r}): only 'prompt' is to be said, the model tells the others")
+    several = isinstance(method, (list, tuple))
+    options = {
+        "new_tokens": new_tokens or None, "store": store, "when": when, "every": every, "visual": visual or None,
+        "separators": separators or None, "per": per, "counted": counted, "schedule": schedule, "beside": beside,
+        "scorer": scorer,
+    }  # fmt: skip
+
+    def only(kind: str, *names: str) -> None:
+        given = [name for name, value in options.items() if value is not None and name not in names]
+        if given:
+            raise FewerError(f"cost.of({', '.join(f'{name}=...' for name in given)}) means nothing for {kind}")
+
     named = isinstance(method, str) and method in METHODS and family_of(METHODS[method]) == "prompt"
     if family or named or (isinstance(method, PromptMethod) and not isinstance(method, Method)):
+        only("a prompt", "new_tokens", "scorer")
         return texts.of_text(model, method, keep, tokens=tokens, rows=rows, new_tokens=new_tokens, scorer=scorer)
-    stored = resolve_store(store)
-    if vlm_layout.is_vlm(model) and (visual or several):
+    stored, pictured = resolve_store(store), vlm_layout.is_vlm(model)
+    if pictured and (visual or several):
+        only("visual tokens", "new_tokens", "store", "visual", "separators", "per", "counted")
         stages = list(method) if several else [method]
         return pictures.of_pictures(
             model, stages, keep, tokens=tokens, visual=visual, separators=separators, rows=rows, new_tokens=new_tokens,
             store=stored, per=per, counted=counted,
         )  # fmt: skip
-    chosen = resolve(method)
-    if family_of(type(chosen)) == "vlm":
-        raise FewerError(f"cost.of({method!r}): of a vision-language model, and with visual=, tokens of each picture")
-    found = None if vlm_layout.is_vlm(model) else encoder_blocks.find(model)
+    if several:
+        raise FewerError(f"cost.of({method!r}): several stages are for vision-language models; name one method")
+    found, chosen = None if pictured else encoder_blocks.find(model), resolve(method)
+    kind, name = family_of(type(chosen)), type(model).__name__
+    if pictured and kind in ("vlm", "vit"):
+        raise FewerError(f"cost.of({method!r}): with a vision-language model pass visual=, the tokens of each picture")
+    if kind == "vlm":
+        raise UnsupportedModel(f"{method!r} shortens the visual tokens of vision-language models, and {name} is none")
     if found is not None:
+        if kind == "kv":
+            raise UnsupportedModel(f"{name} is an encoder, and {method!r} shortens a decoder's cache")
+        only("an encoder", "schedule", "beside")
         return encoders.of_encoder(
             model, found, chosen, keep, tokens=tokens, rows=rows, schedule=schedule, beside=beside
         )
+    if kind == "vit":
+        raise UnsupportedModel(
+            f"{method!r} shortens the tokens of encoders, and {name} is none that fewer knows: it knows blocks like "
+            f"those of {encoder_blocks.HOSTS}; for a decoder's cache see `fewer methods --family kv`"
+        )
+    only("a decoder's cache", "new_tokens", "store", "when", "every")
     return caches.of_cache(
         model, chosen, keep, tokens=tokens, rows=rows, new_tokens=new_tokens, store=stored, when=when, every=every
     )

@@ -6,7 +6,7 @@ from fewer.cost.record import Cost
 from fewer.cost.sizes import Decoder
 from fewer.methods import resolve_prompt
 from fewer.methods.any.full import Full
-from fewer.types import Budget, BudgetError
+from fewer.types import Budget, BudgetError, FewerError
 
 CEILING = "a prompt loses whole units, so it may have fewer tokens than it may: a ceiling"
 UNKNOWN = "the method reads the text with a model of its own: pass it as scorer= to count that"
@@ -18,6 +18,8 @@ def of_text(model: Any, method: Any, keep: Any, *, tokens: int, rows: int, new_t
     if budget.size is not None:
         raise BudgetError(f"keep={keep!r}: a prompt is shortened to a share, or a number, of its tokens, not to bytes")
     free = not {"model", "rewrite", "summarise"} & getattr(chosen, "__dataclass_fields__", {}).keys()
+    if free and scorer is not None:
+        raise FewerError(f"cost.of(scorer=...) means nothing for {method!r}, which reads the text with no model")
     whole = budget.whole or isinstance(chosen, Full)
     left = tokens if whole else budget.count(tokens)
     cache = sizes.cache_bytes(left, rows=rows)

@@ -102,6 +102,8 @@ class TunedPlan:
             FewerError: the file cannot be read, is no plan, is of another format or version of fewer, was changed
                 since its promise was measured, or holds nonsense.
         """
+        if not isinstance(path, (str, os.PathLike)) or path == "":
+            raise FewerError(f"TunedPlan.load({path!r}): give the path of a plan's file, such as 'plan.toml'")
         path = Path(path)
         try:
             said: dict[str, Any] = tomlkit.parse(path.read_text(encoding="utf-8")).unwrap()
@@ -126,6 +128,10 @@ class TunedPlan:
                 f"{path} was changed since it was written, so its promise holds no more; {AGAIN}, or take [promise] "
                 f"and sha256 out of it to use it as a setting without one"
             )
+        model, fingerprint = said.get("model", ""), said.get("fingerprint", "")
+        for name, value in (("model", model), ("fingerprint", fingerprint)):
+            if not isinstance(value, str):
+                raise FewerError(f"{path}: {name} = {value!r} cannot be read: it is a text")
         tables = [said.get(name, {}) for name in ("setting", "made")]
         if not all(isinstance(one, dict) for one in tables):
             raise FewerError(f"{path}: setting and made are tables")
@@ -133,7 +139,6 @@ class TunedPlan:
         if setting == Setting():
             raise FewerError(f"{path} has no [setting.text] and no [setting.held], so it says nothing to do")
         promise = None if promised is None else _promise(path, promised)
-        model, fingerprint = (str(said.get(name, "")) for name in ("model", "fingerprint"))
         plan = cls(setting, model, fingerprint, promise, said.get("made", {}))
         theirs = plan.made.get("fewer")
         if plan.promise is not None and theirs != _version():

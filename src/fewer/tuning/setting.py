@@ -10,18 +10,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from fewer import fit as fits
+from fewer.allocate.schedule import SHAPES, Schedule
 from fewer.compress import compress
-from fewer.methods import resolve, resolve_prompt
+from fewer.methods import resolve, resolve_prompt, resolve_store
 from fewer.prompts.front import compress_prompt
 from fewer.prompts.protect import named
 from fewer.types import Budget, BudgetError, FewerError
 
 Levels = tuple[float | int | tuple[float | int, ...], ...]
+WORDS = {
+    "when": ("prefill", "decode", "both"), "schedule": SHAPES, "per": ("picture", "prompt"),
+    "counted": ("last", "mean"),
+    "positions": ("survivor", "centroid", "keep", "compact"), "only": ("visual",),
+}  # fmt: skip
+"""What options of `fewer.compress` may be, on one model or another."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,7 @@ class Text:
 @dataclass(frozen=True)
 class Held:
     """What `fewer.compress` is asked; `method` a name, or the names of stages; the rest as there, None where left out.
+    Where `keep` is left out everything stays, as with methods that only store in fewer bits.
 
     `fit` is the file of a method that has to be fitted to its model, `fit_digest` what is in it: another fit at that
     place is refused.
@@ -82,13 +91,21 @@ class Held:
 
     def check(self) -> None:
         """Raise what `fewer.compress` would raise for names and budgets; the rest depends on the model."""
-        for name in self.method if isinstance(self.method, tuple) else (self.method,):
+        if self.method == ():
+            raise FewerError("method=[]: name at least one stage")
+        for name in _several(self.method):
             resolve(name)
-        flat = self.keep if isinstance(self.keep, tuple) else (self.keep,)
-        for level in flat:
-            for one in level if isinstance(level, tuple) else (level,):
-                if not (isinstance(one, str) and "flops" in one):
-                    Budget.parse(one)
+        levels = [_several(level) for level in _several(self.keep)]
+        if not levels or not all(levels):
+            raise BudgetError(f"keep={_plain(self.keep)!r}: a list of budgets has at least one in it")
+        for one in chain(*levels):
+            Schedule(one) if isinstance(one, str) and "flops" in one else Budget.parse(one)
+        resolve_store(self.store)
+        for name, words in WORDS.items():
+            if (said := getattr(self, name)) is not None and said not in words:
+                raise FewerError(f"{name}={said!r}: it is {' or '.join(map(repr, words))}")
+        if self.every is not None and self.every < 1:
+            raise FewerError(f"every={self.every!r}: a number of decoding steps, at least 1")
 
 
 @dataclass(frozen=True)
@@ -204,6 +221,10 @@ def _read(kind: Any, said: Any, where: str) -> Any:
 
 def _plain(value: Any) -> Any:
     return [_plain(one) for one in value] if isinstance(value, tuple) else value
+
+
+def _several(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def _frozen(value: Any) -> Any:
