@@ -41,7 +41,7 @@ bench-vit: $(VENV)/.installed  ## images a second of every method for encoders, 
 	$(BIN)/python benchmarks/vit.py --cases 224x1,224x16 --rounds 3
 	$(BIN)/python benchmarks/vit.py --cases 448x1,448x8,518x1 --methods tome,topk,ward,random,uniform --rounds 3 \
 	    --json results/vit-speed-large.json
-	$(BIN)/python benchmarks/vit.py --cases 448x16,518x16 --methods tome,topk,ward,random --rounds 2 \
+	$(BIN)/python benchmarks/vit.py --cases 448x16,518x16 --methods tome,topk,ward,random,uniform --rounds 2 \
 	    --json results/vit-speed-16.json
 
 bench-vlm: $(VENV)/.installed  ## time to the first token of every method for visual tokens, stage by stage

@@ -168,7 +168,7 @@ def main() -> int:
     ordered = sorted(chosen, key=lambda name: SLOW.index(name) if name in SLOW else -1)
     cells = [("full", 1.0), *((name, keep) for name in ordered if name != "full" for keep in KEEPS)]
     left = [(setting, *cell) for cell in cells for setting in SETTINGS if (setting, *cell) not in done]
-    hidden = [(name, wording) for name in ordered if name != "full" for wording in WORDINGS]
+    hidden = [(name, wording) for name in ordered for wording in WORDINGS]
     hidden = [one for one in hidden if one not in {(row.method, row.wording) for row in swayed}]
     columns = (TextColumn("{task.description:50s}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns) as progress:

@@ -1,13 +1,15 @@
 """Tiny random vision-language models, one of each family, with inputs as their processors would make them."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers as tf
 from torch import Tensor
+
+from fewer import reference_vlm
 
 IMAGE, VIDEO, PAD, START, END, GLOBAL = 90, 91, 0, 92, 93, 94
 """Ids of placeholders, padding, and what stands around images."""
@@ -87,6 +89,20 @@ def padded(rows: list[list[int]], side: str = "left") -> dict[str, Tensor]:
     ids = [f + r if left else r + f for f, r in zip(fill, rows, strict=True)]
     mask = [f + r if left else r + f for f, r in zip(none, ones, strict=True)]
     return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+
+def reference_shaped(words: Sequence[str]) -> tuple[Any, Any]:
+    """A configuration of the reference model's shape, small, and that model's processor, for these words."""
+    tokenizer = reference_vlm.word_tokenizer(list(words))
+    mark = tokenizer.convert_tokens_to_ids(reference_vlm.IMAGE)
+    config = tf.LlavaConfig(
+        vision_config=tf.CLIPVisionConfig(**{**TOWER, "image_size": 224, "patch_size": 14}),
+        text_config=tf.LlamaConfig(**{**TEXT, "vocab_size": len(tokenizer)}),
+        image_token_index=mark,
+        image_token_id=mark,
+        image_seq_length=256,
+    )
+    return config, reference_vlm.processor_of(tokenizer)
 
 
 def _pixels(n: int, seed: int, *shape: int) -> Tensor:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 import fewer
 from fewer.cli import pictures
-from fewer.reference_vlm import IMAGE, processor_of, word_tokenizer
 from fewer.types import BudgetError
 from tests import vlms
 from tests.front.test_cli import run
@@ -108,16 +107,7 @@ def test_a_question_about_one_pixel(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """With the reference model's processor."""
-    tokenizer = word_tokenizer(["what", "is", "here"])
-    mark = tokenizer.convert_tokens_to_ids(IMAGE)
-    config = tf.LlavaConfig(
-        vision_config=tf.CLIPVisionConfig(**{**vlms.TOWER, "image_size": 224, "patch_size": 14}),
-        text_config=tf.LlamaConfig(**{**vlms.TEXT, "vocab_size": len(tokenizer)}),
-        image_token_index=mark,
-        image_token_id=mark,
-        image_seq_length=256,
-    )
-    made = processor_of(tokenizer)
+    config, made = vlms.reference_shaped(["what", "is", "here"])
     made.chat_template = "{{ '<image>' }} what is here"
     host = (tf.LlavaForConditionalGeneration(config).eval(), made)
     code, out, err = asked(capfd, monkeypatch, tmp_path, host, (1, 1))

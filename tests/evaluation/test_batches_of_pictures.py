@@ -11,10 +11,9 @@ from torch import Tensor
 
 import fewer
 from fewer.reduce.select import top_k
-from fewer.reference_vlm import IMAGE, processor_of, word_tokenizer
 from fewer_eval.looking import Sample
 from fewer_eval.looking.batches import SIZE, Said, asking, compare
-from tests.vlms import TEXT, TOWER
+from tests.vlms import reference_shaped
 
 
 def right(some: Sequence[int]) -> Said:
@@ -82,17 +81,9 @@ class Fickle:
 @pytest.fixture(scope="module")
 def host() -> tuple[Any, Any]:
     """A small model in the reference model's shape, and the reference model's processor."""
-    tokenizer = word_tokenizer(["what", "is", "here", "and", "there", "first", "second"])
-    mark = tokenizer.convert_tokens_to_ids(IMAGE)
-    config = tf.LlavaConfig(
-        vision_config=tf.CLIPVisionConfig(**{**TOWER, "image_size": 224, "patch_size": 14}),
-        text_config=tf.LlamaConfig(**{**TEXT, "vocab_size": len(tokenizer)}),
-        image_token_index=mark,
-        image_token_id=mark,
-        image_seq_length=256,
-    )
+    config, processor = reference_shaped(["what", "is", "here", "and", "there", "first", "second"])
     torch.manual_seed(0)
-    return tf.LlavaForConditionalGeneration(config).eval(), processor_of(tokenizer)
+    return tf.LlavaForConditionalGeneration(config).eval(), processor
 
 
 def prompts() -> list[Sample]:

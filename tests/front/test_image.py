@@ -103,20 +103,10 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A small vision-language model with its processor, as a folder."""
     import transformers as tf
 
-    from fewer.reference_vlm import IMAGE, processor_of, word_tokenizer
-    from tests.vlms import TEXT, TOWER
+    from tests.vlms import reference_shaped
 
     folder = tmp_path_factory.mktemp("asked")
-    tokenizer = word_tokenizer(["what", "is", "here"])
-    mark = tokenizer.convert_tokens_to_ids(IMAGE)
-    config = tf.LlavaConfig(
-        vision_config=tf.CLIPVisionConfig(**{**TOWER, "image_size": 224, "patch_size": 14}),
-        text_config=tf.LlamaConfig(**{**TEXT, "vocab_size": len(tokenizer)}),
-        image_token_index=mark,
-        image_token_id=mark,
-        image_seq_length=256,
-    )
-    processor = processor_of(tokenizer)
+    config, processor = reference_shaped(["what", "is", "here"])
     processor.chat_template = "{% for m in messages %}{% for c in m.content %}" + (
         "{% if c.type == 'image' %}<image>{% else %}{{ c.text }}{% endif %}{% endfor %}{% endfor %}"
     )

@@ -44,6 +44,8 @@ def compress(sources: "Sequence[Layer]", targets: "Sequence[Layer]", phase: Phas
         _room(policy, budget, rated, sources[0].cost(policy))
         for target, tokens, (_, dense, order), scores in zip(targets, known, looked, rated, strict=True):
             plan = settle(policy.method, budget, tokens, scores)
+            if target.coded:
+                _crowded(target, int(plan.counts.sum()), int((~dense.padding).sum()))
             asked = policy.method.budget(tokens.site.layer) if isinstance(policy.method, Levels) else budget
             target.taken(target._take(plan, dense, order, asked, tokens.signals))
         if policy.pairs is not None:
@@ -70,6 +72,19 @@ def _room(policy: Policy, budget: Budget, rated: Sequence[Tensor], cost: Callabl
             f"keeps {always} (sinks, window), which take {cost(always):,} bytes; ask for at least that, or for fewer "
             f"of them"
         )
+
+
+def _crowded(layer: "Layer", stay: int, there: int) -> None:
+    """Say so where what was packed in earlier forwards, and stays, leaves little room to what came since."""
+    packed = sum(count for part in layer.coded for row in part.counts for count in row)
+    new, share = there - packed, stay / (sum(layer.real) * layer.keys.shape[1])
+    if not new or stay - packed >= share / 4 * new:
+        return
+    crowded = f"keep={layer.shared.policy.budget.keep!r}: what was packed in earlier forwards stays, and leaves"
+    do = "to the tokens that came since; give keep as a fraction, or leave store= out, where more is to come"
+    if stay == packed:
+        raise BudgetError(f"{crowded} no room {do}")
+    layer.shared.note(f"{crowded} next to no room {do}")
 
 
 def _couple(lower: "Layer", upper: "Layer", pairs: PairCodec) -> None:

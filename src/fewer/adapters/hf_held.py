@@ -22,7 +22,7 @@ from fewer.codec import joined
 from fewer.ragged import Dense, Part, Ragged
 from fewer.report import LayerReport
 from fewer.signals import Observer
-from fewer.types import Budget, BudgetError, FewerError, Phase, Plan, UnsupportedModel
+from fewer.types import Budget, FewerError, Phase, Plan, UnsupportedModel
 
 H = TypeVar("H", bound="Held")
 
@@ -129,8 +129,6 @@ class Held(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.asked = tuple(budget.count(real) for real in self.real)
         if plan.note:
             self.shared.note(plan.note)
-        if self.coded:
-            self._crowded(int(plan.counts.sum()), int(available.sum()))
         pairs = self.shared.policy.pairs
         joins = pairs is not None and any(self.place in couple for couple in pairs.couples(self.shared.layers))
         stays = not self.shared.policy.packs and not self.parts and plan.mass is None and not plan.folds and not joins
@@ -138,18 +136,6 @@ class Held(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
         if stays and bool((plan.counts == available).all()):
             return None  # stay as transformers has it
         return self._carry_out(plan, dense, order, signals)
-
-    def _crowded(self, stay: int, there: int) -> None:
-        """Say so where what was packed in earlier forwards, and stays, leaves little room to what came since."""
-        packed = sum(count for part in self.coded for row in part.counts for count in row)
-        new, share = there - packed, stay / (sum(self.real) * self.keys.shape[1])
-        if not new or stay - packed >= share / 4 * new:
-            return
-        crowded = f"keep={self.shared.policy.budget.keep!r}: what was packed in earlier forwards stays, and leaves"
-        do = "to the tokens that came since; give keep as a fraction, or leave store= out, where more is to come"
-        if stay == packed:
-            raise BudgetError(f"{crowded} no room {do}")
-        self.shared.note(f"{crowded} next to no room {do}")
 
     def _carry_out(self, plan: Plan, dense: Dense, order: Tensor, signals: Mapping[type, Any] | None = None) -> Tensor:
         """Hold what the plan keeps, and nothing else; where the new columns of storage come from `(b, h, columns)`.
