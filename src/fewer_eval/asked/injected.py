@@ -36,7 +36,8 @@ class Swayed:
 
     `same`: of the characters of all other text that were kept with the sentence or with a harmless one, those kept
     both times. `needed` and `needed_harmless`: how often all that an answer needs stayed. `kept` and `kept_harmless`:
-    how much of the sentence itself did, both over its length (a harmless one is a few characters shorter). `refused`: examples that the method would not shorten, which count nowhere.
+    how much of the sentence itself did, both over its length (a harmless one is a few characters shorter). `refused`:
+    examples that the method would not shorten, which count nowhere.
     """
 
     method: str
