@@ -1,9 +1,9 @@
-"""Compare methods on tasks: one prefill serves them all, and their caches decode side by side as rows of one batch.
+"""Compare methods on tasks: one prefill serves them all, and their caches decode side by side as rows of a batch.
 
     prefill the context once, gathering what any method needs        -> a cache that kept everything
     under(method, keep) for each                                     -> question unseen
     read the question into the full cache, then under() again        -> question seen
-    stack the caches as one batch: read the question (unseen), answer greedily, grade
+    stack the caches as batches: read the question (unseen), answer greedily, grade
 
 For a method that acts after its prefill this is what compressing in line does; a test holds it to that. The others,
 which shorten the prefill itself or choose what decoding reads, are run alone, in line.
@@ -15,7 +15,7 @@ that keep every token stand in the comparison once, whatever the keeps: their se
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,12 +24,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fewer import Cache
 from fewer import fit as fits
-from fewer.codec import Codec
-from fewer.methods import name_of, resolve, resolve_store
 from fewer.methods.any.full import Full
 from fewer.tuning.asking import Asker
 from fewer.tuning.hosts import watching
 from fewer.types import Budget, BudgetError, Keep, Method
+from fewer_eval.case import Case, Tally
 from fewer_eval.lines import YARDSTICKS
 from fewer_eval.schema import Lost, Question, Row
 from fewer_eval.sides import cut, worst_of
@@ -37,43 +36,8 @@ from fewer_eval.tasks import Example, Task
 
 GREEDY = 32
 """Tokens of the full model's greedy continuation that loyalty is measured on, on running text."""
-
-
-@dataclass(frozen=True)
-class _Case:
-    """One line of the comparison."""
-
-    method: Method
-    name: str
-    keep: Keep
-    store: Codec | None = None
-
-    @classmethod
-    def of(cls, method: str | Method, keep: Keep) -> "_Case":
-        named, _, store = method.partition("+") if isinstance(method, str) else (method, "", "")
-        found = resolve(named)
-        name = name_of(found) + (f"+{store}" if store else "")
-        return cls(found, name, 1.0 if getattr(found, "whole", False) else keep, resolve_store(store or None))
-
-    @property
-    def alone(self) -> bool:
-        """Whether it does something while it prefills or decodes, so that no other method's caches can stand in."""
-        return any(getattr(self.method, name, None) is not None for name in ("shortens", "among", "reads"))
-
-
-@dataclass
-class _Tally:
-    """What was measured for one case on one task and question."""
-
-    keep_got: list[float] = field(default_factory=list)
-    bytes_full: list[int] = field(default_factory=list)
-    bytes_kept: list[int] = field(default_factory=list)
-    quality: list[float] = field(default_factory=list)
-    loyalty: list[float] = field(default_factory=list)
-    prefill: list[float] = field(default_factory=list)
-    compress: list[float] = field(default_factory=list)
-    kl: list[float] = field(default_factory=list)
-    bpb: list[float] = field(default_factory=list)
+SIDE_BY_SIDE = 2 << 30
+"""Most bytes of caches that answer as one batch: a hundred cases at 1,000 tokens, a dozen at 4,000."""
 
 
 @dataclass
@@ -117,12 +81,12 @@ def compare(
         timed: measure a decoding step of each case too; else `decode_ms` is 0.
         tick: called with a word on each sample before it runs, for a progress bar.
     """
-    cases = [_Case(Full(), "full", 1.0)]
+    cases = [Case(Full(), "full", 1.0)]
     for keep in keeps:
         Budget.parse(keep)
-        asked = [_Case.of(method, keep) for method in methods]
+        asked = [Case.of(method, keep) for method in methods]
         named = {case.name for case in asked}
-        for case in [*asked, *(_Case.of(name, keep) for name in YARDSTICKS if name not in named)]:
+        for case in [*asked, *(Case.of(name, keep) for name in YARDSTICKS if name not in named)]:
             if not isinstance(case.method, Full) and case not in cases:
                 cases.append(case)
     cases.sort(key=lambda case: case.alone)
@@ -131,7 +95,8 @@ def compare(
     for task in tasks:
         tallies = bench.run(task, task.make(tokenizer, tokens, samples_of(task, samples), seed))
         for (case, question), tally in tallies.items():
-            rows.append(bench.row(case, question, tally, task, seed, tokens, model_name))
+            ms = bench.decode_ms[f"{case.name} @ {case.keep}"]
+            rows.append(tally.row(case, question, task, decode_ms=ms, seed=seed, tokens=tokens, model=model_name))
     return Comparison(rows, bench.kept, tuple(bench.notes), bench.worst)
 
 
@@ -142,7 +107,7 @@ class _Bench:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        cases: Sequence[_Case],
+        cases: Sequence[Case],
         questions: tuple[Question, ...],
         timed: bool,
         tick: Callable[[str], None],
@@ -167,8 +132,8 @@ class _Bench:
         self.full: dict[Question, tuple[str, float]] = {}
         self.worst: dict[str, list[Lost]] = {}
 
-    def run(self, task: Task, examples: Iterable[Example]) -> dict[tuple[_Case, Question], _Tally]:
-        tallies: dict[tuple[_Case, Question], _Tally] = defaultdict(_Tally)
+    def run(self, task: Task, examples: Iterable[Example]) -> dict[tuple[Case, Question], Tally]:
+        tallies: dict[tuple[Case, Question], Tally] = defaultdict(Tally)
         for index, example in enumerate(examples):
             self.tick(f"{task.name} {index + 1}")
             if task.kind == "text":
@@ -177,22 +142,22 @@ class _Bench:
                 self._answer(task, example, tallies)
         return tallies
 
-    def _answer(self, task: Task, example: Example, tallies: dict[tuple[_Case, Question], _Tally]) -> None:
+    def _answer(self, task: Task, example: Example, tallies: dict[tuple[Case, Question], Tally]) -> None:
         before, after = self.asker.prompt(example.context, example.question)
         with Cache(self.model, self.watch, 1.0) as full:
             _, took = self._read(full, before)
             if "unseen" in self.questions:
-                caches = self._compressed(full, "unseen", took, tallies)
-                batch = Cache.stack(caches)
-                ids = after.expand(len(caches), -1)
-                first = self.model(ids, past_key_values=batch, logits_to_keep=1).logits[:, -1].argmax(-1)
-                self._grade(task, example, "unseen", self.asker.greedy(batch, first, task.max_new_tokens), tallies)
+                for cases, batch in self._batches(full, "unseen", took, tallies):
+                    ids = after.expand(len(cases), -1)
+                    first = self.model(ids, past_key_values=batch, logits_to_keep=1).logits[:, -1].argmax(-1)
+                    said = self.asker.greedy(batch, first, task.max_new_tokens)
+                    self._grade(task, example, "unseen", said, tallies, cases)
             if "seen" in self.questions:
                 logits, more = self._read(full, after)
-                caches = self._compressed(full, "seen", took + more, tallies)
-                first = logits.argmax(-1).expand(len(caches))
-                said = self.asker.greedy(Cache.stack(caches), first, task.max_new_tokens)
-                self._grade(task, example, "seen", said, tallies)
+                for cases, batch in self._batches(full, "seen", took + more, tallies):
+                    first = logits.argmax(-1).expand(len(cases))
+                    said = self.asker.greedy(batch, first, task.max_new_tokens)
+                    self._grade(task, example, "seen", said, tallies, cases)
         for case in self.alone:
             for question in self.questions:
                 with Cache(self.model, case.method, case.keep, store=case.store) as cache:
@@ -205,23 +170,25 @@ class _Bench:
                     said = self.asker.greedy(cache, logits.argmax(-1), task.max_new_tokens)
                     self._grade(task, example, question, said, tallies, [case])
 
-    def _text(self, example: Example, tallies: dict[tuple[_Case, Question], _Tally]) -> None:
+    def _text(self, example: Example, tallies: dict[tuple[Case, Question], Tally]) -> None:
         context, true = self.asker.ids(example.context), self.asker.ids(example.answers[0])
         text_bytes = len(str(self.tokenizer.decode(true[0, 1:])).encode())
         with Cache(self.model, self.watch, 1.0) as full:
             logits, took = self._read(full, context)
             greedy = self.asker.greedy(full.under("full", 1.0), logits.argmax(-1), GREEDY)
-            caches = self._compressed(full, "none", took, tallies)
-            for case in self.alone:
-                other = Cache(self.model, case.method, case.keep, store=case.store)
-                _, took = self._read(other, context)
-                other.freeze()
-                other.release()  # `full` keeps the model attached
-                self._note(case, "none", other, took, tallies)
-                caches.append(other)
-            again = [cache.fork() for cache in caches]
             reference: Tensor | None = None
-            for case, cache, second in zip(self.cases, caches, again, strict=True):
+            for case in list(self.cases):
+                if case.alone:
+                    cache = Cache(self.model, case.method, case.keep, store=case.store)
+                    _, alone = self._read(cache, context)
+                    cache.freeze()
+                    cache.release()  # `full` keeps the model attached
+                    self._note(case, "none", cache, alone, tallies)
+                elif (tried := self._tried(case, full, "none", took, tallies)) is None:
+                    continue
+                else:
+                    cache = tried
+                again = cache.fork()
                 # the first token was predicted before anything was dropped, so it says nothing and is left out
                 predicted = self._follow(case, true[:, :-1], cache).float().log_softmax(-1)
                 reference = predicted if reference is None else reference  # full comes first
@@ -231,10 +198,10 @@ class _Bench:
                 tally.kl.append(max(float(kl), 0.0))
                 tally.bpb.append(float(loss))
                 tally.quality.append(float((predicted.argmax(-1) == reference.argmax(-1)).float().mean()))
-                followed = self._follow(case, greedy[:, :-1], second).argmax(-1)
+                followed = self._follow(case, greedy[:, :-1], again).argmax(-1)
                 tally.loyalty.append(_common(followed.tolist(), greedy[0, 1:].tolist()))
 
-    def _follow(self, case: _Case, ids: Tensor, cache: Cache) -> Tensor:
+    def _follow(self, case: Case, ids: Tensor, cache: Cache) -> Tensor:
         """Logits `(n, vocabulary)` along these tokens: in one forward, or in single steps where decoding reads less."""
         steps = torch.split(ids, 1, dim=1) if getattr(case.method, "reads", None) is not None else (ids,)
         return torch.cat([self.model(step, past_key_values=cache).logits[0] for step in steps])
@@ -246,32 +213,52 @@ class _Bench:
         logits = self.model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1]
         return logits, time.perf_counter() - start - (cache.report.seconds - before)
 
-    def _compressed(
-        self, full: Cache, question: Question, prefill: float, tallies: dict[tuple[_Case, Question], _Tally]
-    ) -> list[Cache]:
-        """Every case's cache, its size and times taken down."""
-        caches = []
+    def _batches(
+        self, full: Cache, question: Question, prefill: float, tallies: dict[tuple[Case, Question], Tally]
+    ) -> Iterator[tuple[list[Case], Cache]]:
+        """The caches of all cases that can share a prefill, stacked as batches of at most SIDE_BY_SIDE bytes."""
+        cases: list[Case] = []
+        caches: list[Cache] = []
+        held = 0.0
         for case in list(self.together):
-            try:
-                cache = full.under(case.method, case.keep, store=case.store)
-            except BudgetError as why:  # what a method cannot keep to is no zero, it is left out, and said
-                self.together.remove(case)
-                self.cases.remove(case)
-                if any(key[0] == case for key in tallies):
-                    raise  # it could before
-                self.notes[f"{case.name} @ {case.keep} is left out: {why}"] = None
+            cache = self._tried(case, full, question, prefill, tallies)
+            if cache is None:
                 continue
-            self._note(case, question, cache, prefill, tallies)
-            caches.append(cache)
-        return caches
+            size = cache.report.kept * cache.report.bytes_full  # stacked, everything is in full precision
+            if cases and held + size > SIDE_BY_SIDE:
+                yield cases, Cache.stack(caches)
+                cases, caches, held = [], [], 0.0
+            cases, caches, held = [*cases, case], [*caches, cache], held + size
+        yield cases, Cache.stack(caches)
+
+    def _tried(
+        self,
+        case: Case,
+        full: Cache,
+        question: Question,
+        prefill: float,
+        tallies: dict[tuple[Case, Question], Tally],
+    ) -> Cache | None:
+        """The cache that this case makes of the full one, its size and times taken down."""
+        try:
+            cache = full.under(case.method, case.keep, store=case.store)
+        except BudgetError as why:  # what a method cannot keep to is no zero, it is left out, and said
+            if any(key[0] == case for key in tallies):
+                raise  # it could before
+            self.together.remove(case)
+            self.cases.remove(case)
+            self.notes[f"{case.name} @ {case.keep} is left out: {why}"] = None
+            return None
+        self._note(case, question, cache, prefill, tallies)
+        return cache
 
     def _note(
         self,
-        case: _Case,
+        case: Case,
         question: Question,
         cache: Cache,
         prefill: float,
-        tallies: dict[tuple[_Case, Question], _Tally],
+        tallies: dict[tuple[Case, Question], Tally],
     ) -> None:
         """Take down what a cache holds and took."""
         report, tally = cache.report, tallies[case, question]
@@ -304,23 +291,23 @@ class _Bench:
         example: Example,
         question: Question,
         said: Tensor,
-        tallies: dict[tuple[_Case, Question], _Tally],
-        cases: Sequence[_Case] = (),
+        tallies: dict[tuple[Case, Question], Tally],
+        cases: Sequence[Case],
     ) -> None:
         """Grade a row for each case; loyalty is to the full model's answer, which is graded first."""
         answers = self.asker.answers(said)
         texts = list(map(self.asker.text, answers))
         grades = [task.grade(text, example) for text in texts]
-        if not cases:
+        if cases[0].name == "full":
             self.reference[question], self.full[question] = answers[0], (texts[0], grades[0])
-        for case, answer, text, grade in zip(cases or self.together, answers, texts, grades, strict=True):
+        for case, answer, text, grade in zip(cases, answers, texts, grades, strict=True):
             tally = tallies[case, question]
             tally.quality.append(grade)
             tally.loyalty.append(_common(answer, self.reference[question]))
             if case.name != "full":
                 self._lost(task, example, question, case, text, grade)
 
-    def _lost(self, task: Task, example: Example, question: Question, case: _Case, said: str, grade: float) -> None:
+    def _lost(self, task: Task, example: Example, question: Question, case: Case, said: str, grade: float) -> None:
         """Take an example down if it is among the worst of a case."""
         full, best = self.full[question]
         one = Lost(
@@ -329,31 +316,6 @@ class _Bench:
         )  # fmt: skip
         label = f"{case.name} @ {case.keep}"
         self.worst[label] = worst_of(self.worst.get(label, ()), one)
-
-    def row(
-        self, case: _Case, question: Question, tally: _Tally, task: Task, seed: int, tokens: int, model: str
-    ) -> Row:
-        mean = statistics.fmean
-        return Row(
-            method=case.name,
-            task=task.name,
-            question=question,
-            keep_asked=case.keep,
-            keep_got=mean(tally.keep_got),
-            bytes_full=mean(tally.bytes_full),
-            bytes_kept=mean(tally.bytes_kept),
-            quality=mean(tally.quality),
-            loyalty=mean(tally.loyalty),
-            n=len(tally.quality),
-            prefill_s=mean(tally.prefill),
-            compress_s=mean(tally.compress),
-            decode_ms=self.decode_ms[f"{case.name} @ {case.keep}"],
-            seed=seed,
-            tokens=tokens,
-            model=model,
-            kl_bits=mean(tally.kl) if tally.kl else None,
-            bpb_diff=mean(tally.bpb) if tally.bpb else None,
-        )
 
 
 _LN2 = 0.6931471805599453

@@ -13,7 +13,8 @@ from fewer.methods import METHODS, of_family
 from fewer.methods.kv.kivi import KIVI
 from fewer.tuning.asking import until
 from fewer.tuning.hosts import watching
-from fewer_eval.runner import _Case, _common, compare
+from fewer_eval.case import Case
+from fewer_eval.runner import _common, compare
 from fewer_eval.tasks import Example, Task
 from tests.front.tiny_files import save
 from tests.tiny import prompt, tiny
@@ -34,7 +35,7 @@ TEXT = Task(
 
 
 SHARED = [
-    name for name, cls in of_family("kv").items() if name != "full" and not wants(cls) and not _Case.of(name, 0.6).alone
+    name for name, cls in of_family("kv").items() if name != "full" and not wants(cls) and not Case.of(name, 0.6).alone
 ]
 """Without those that want a fit of the model; they differ from their relatives in what they read only."""
 
@@ -43,7 +44,7 @@ SHARED = [
 def test_under_a_shared_prefill_is_compressing_in_line(name: str) -> None:
     model, ids, more = tiny("llama", num_hidden_layers=4), prompt(150), prompt(7, seed=1)
     watch = watching([METHODS[shared]() for shared in SHARED])
-    case = _Case.of(name, 0.6)
+    case = Case.of(name, 0.6)
     if case.store is not None or "bits" in vars(case.method):  # heads of 16 features
         case = replace(case, store=case.store and KIVI(group=16, residual=32))
         case = replace(case, method=replace(case.method, group=16)) if hasattr(case.method, "group") else case
@@ -83,6 +84,27 @@ def test_rows_of_a_comparison(tmp_path: Path) -> None:
         else:
             assert row.bytes_kept < row.bytes_full
     assert len(done.kept["knorm @ 64"]) == 3
+
+
+def test_caches_answer_in_batches_of_any_size_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(save(tmp_path))
+    model = tiny("llama", vocab_size=257, eos_token_id=256, pad_token_id=256)
+
+    def rows() -> list[dict[str, object]]:
+        done = compare(
+            model, tokenizer, [TALK], ["knorm", "snapkv", "tidaldecode"], [0.5, 0.25], tokens=100, samples=2,
+            timed=False,
+        )  # fmt: skip
+        return [row.to_dict() | {"prefill_s": 0, "compress_s": 0} for row in done.rows]
+
+    at_once = rows()
+    batches: list[int] = []
+    stack = fewer.Cache.stack
+    monkeypatch.setattr(fewer.Cache, "stack", lambda caches: (batches.append(len(caches)), stack(caches))[1])
+    entry = 2 * 16 * 4 * 2 * 3  # bytes of a token: keys and values, 16 features of four bytes, two heads, three layers
+    monkeypatch.setattr("fewer_eval.runner.SIDE_BY_SIDE", 400 * entry)
+    assert rows() == at_once
+    assert max(batches) > 1 and len(batches) > 4
 
 
 def test_what_was_said_after_the_end_was_never_said() -> None:
