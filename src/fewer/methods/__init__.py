@@ -254,7 +254,10 @@ def resolve_store(store: "str | Codec | None") -> "Codec | None":
         return store
     if not isinstance(store, str):
         raise UnknownName(f"store={store!r} is neither a name such as 'kivi-4bit' nor a Codec")
-    stores = list(getattr(resolve(store), "store", ()))
+    try:
+        stores = list(getattr(resolve(store), "store", ()))
+    except UnknownName:
+        stores = []
     if len(stores) != 1 or stores[0] is None:
         able = [name for name, known in METHODS.items() if getattr(known, "storage", False)]
         raise UnknownName(f"store={store!r} names no form of storage for all tokens; known are {', '.join(able)}")
