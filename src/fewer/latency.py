@@ -253,10 +253,10 @@ def _times(model: Any, ids: torch.Tensor, repeats: int, clock: Callable[[], floa
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
     def timed(**call: Any) -> tuple[float, Any]:
-        _finish(model.device)
+        finish(model.device)
         start = clock()
         out = model(use_cache=True, **call, **last)
-        _finish(model.device)
+        finish(model.device)
         return clock() - start, out.past_key_values
 
     prefills, decodes, cache = [], [], None
@@ -270,7 +270,7 @@ def _times(model: Any, ids: torch.Tensor, repeats: int, clock: Callable[[], floa
     return median(prefills[1:]), median(decodes[1:])
 
 
-def _finish(device: torch.device) -> None:
+def finish(device: torch.device) -> None:
     """Wait until the device has done what it was told."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

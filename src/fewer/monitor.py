@@ -74,7 +74,9 @@ class Monitor:
             # nan fails this too
             if not (isinstance(value, Real) and (0 < value < 1 or (name == "share" and value == 1))):
                 raise FewerError(f"Monitor: {name}={value!r} is not in (0, 1{']' if name == 'share' else ')'}")
-        self.loss, self.confidence, self.share, self.seed = loss, confidence, share, seed
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise FewerError(f"Monitor: seed={seed!r} is no whole number")
+        self.loss, self.confidence, self.share, self.seed = float(loss), float(confidence), float(share), seed
         self.named = measure if isinstance(measure, str) else None
         self.measure = _measure(measure) if isinstance(measure, str) else measure
         if not callable(self.measure):
@@ -94,7 +96,8 @@ class Monitor:
         """A monitor of what a plan promises: its loss, confidence and measure; `settings` as for `Monitor`, instead.
 
         Where the promise is of wrong answers, which only examples can tell, changed ones are counted, and `note` says
-        so. Many of those are still right, so the alarm may come although the promise holds.
+        so. Many of those are still right, so the alarm may come although the promise holds. `note` says so too where
+        the promise counts a context with several questions once: to hold it to that, give `add_loss` their mean.
         """
         promise = getattr(plan, "promise", None)
         if promise is None:
@@ -105,11 +108,14 @@ class Monitor:
         given = {"loss": promise.loss, "confidence": promise.confidence, "measure": promise.measure, **settings}
         counted = given["measure"] == "wrong" and "measure" not in settings
         made = cls(**{**given, "measure": "changed"} if counted else given)
-        if counted:
-            made.note = (
-                "The promise is of wrong answers; here changed ones are counted, right or not, since no right answers "
-                "are known of live requests."
-            )
+        notes = [
+            "The promise is of wrong answers; here changed ones are counted, right or not, since no right answers are "
+            "known of live requests."
+        ] * counted
+        notes += ["The promise counts a context with several questions once; here every request counts."] * getattr(
+            promise, "grouped", False
+        )
+        made.note = " ".join(notes)
         return made
 
     @property
@@ -137,12 +143,13 @@ class Monitor:
 
     def add(self, full: str, compressed: str) -> bool:
         """Count the loss of a compressed answer beside the full one; whether the promise holds."""
-        return self.add_loss(self.measure(full, compressed))
+        return self.add_loss(float(self.measure(full, compressed)))  # numpy's own would not go into JSON
 
     def add_loss(self, loss: float | int) -> bool:
         """Count one loss in [0, 1]; whether the promise holds."""
         if not (isinstance(loss, Real) and 0 <= loss <= 1):
             raise FewerError(f"Monitor: the loss {loss!r} is not in [0, 1]")
+        loss = float(loss)
         with self._lock:
             self.checked += 1
             self.total += loss

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fewer import Cache
 from fewer import fit as fits
+from fewer.latency import finish
 from fewer.methods.any.full import Full
 from fewer.tuning.asking import Asker
 from fewer.tuning.hosts import watching
@@ -211,6 +212,7 @@ class _Bench:
         before = cache.report.seconds
         start = time.perf_counter()
         logits = self.model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        finish(self.model.device)
         return logits, time.perf_counter() - start - (cache.report.seconds - before)
 
     def _batches(
@@ -280,8 +282,7 @@ class _Bench:
         for _ in range(steps + 1):
             start = time.perf_counter()
             self.model(token, past_key_values=cache)
-            if self.model.device.type == "cuda":
-                torch.cuda.synchronize()
+            finish(self.model.device)
             times.append(time.perf_counter() - start)
         return statistics.median(times[1:]) * 1000
 
@@ -322,8 +323,8 @@ _LN2 = 0.6931471805599453
 
 
 def _common(said: list[int], reference: list[int]) -> float:
-    """Share of the reference before the first token that differs."""
+    """Share of the reference before the first token that differs; all of an empty one."""
     same = next(
         (i for i, (a, b) in enumerate(zip(said, reference, strict=False)) if a != b), min(len(said), len(reference))
     )
-    return same / len(reference)
+    return same / len(reference) if reference else 1.0

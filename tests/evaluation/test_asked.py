@@ -123,7 +123,8 @@ def test_a_method_that_obeys_a_document_is_seen() -> None:
     deaf, obeys = sway("truncation", 0.5, "keep me", examples), sway(Obeys(), 0.5, "keep me", examples)
     assert deaf.same > 0.9 and deaf.needed == deaf.needed_harmless
     assert obeys.same < 0.3 and sway(Obeys(), 0.5, "no numbers", examples).same > 0.9
-    assert sway(Drops(refuses=True), 0.5, "keep me", examples).refused == 4
+    never = sway(Drops(refuses=True), 0.5, "keep me", examples)
+    assert (never.refused, never.n, never.same, never.kept) == (4, 0, None, None)  # which is not zero
 
 
 def test_what_is_hidden_is_compared_with_as_many_characters_in_the_same_place() -> None:

@@ -88,7 +88,7 @@ def test_rows_of_a_comparison(tmp_path: Path) -> None:
 
 def test_caches_answer_in_batches_of_any_size_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = AutoTokenizer.from_pretrained(save(tmp_path))
-    model = tiny("llama", vocab_size=257, eos_token_id=256, pad_token_id=256)
+    model = tiny("llama", vocab_size=257, eos_token_id=256, pad_token_id=256, num_hidden_layers=4)
 
     def rows() -> list[dict[str, object]]:
         done = compare(
@@ -101,7 +101,7 @@ def test_caches_answer_in_batches_of_any_size_alike(tmp_path: Path, monkeypatch:
     batches: list[int] = []
     stack = fewer.Cache.stack
     monkeypatch.setattr(fewer.Cache, "stack", lambda caches: (batches.append(len(caches)), stack(caches))[1])
-    entry = 2 * 16 * 4 * 2 * 3  # bytes of a token: keys and values, 16 features of four bytes, two heads, three layers
+    entry = 2 * 16 * 4 * 2 * 4  # bytes of a token: keys and values, 16 features of four bytes, two heads, four layers
     monkeypatch.setattr("fewer_eval.runner.SIDE_BY_SIDE", 400 * entry)
     assert rows() == at_once
     assert max(batches) > 1 and len(batches) > 4

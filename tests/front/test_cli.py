@@ -126,6 +126,15 @@ def test_compare_on_a_users_own_file(
     assert "<svg" in (tmp_path / "out/report.html").read_text()
 
 
+@pytest.mark.parametrize(("flag", "n"), [((), 21), (("--samples", "3"), 3)])
+def test_all_lines_of_a_users_file_count(fewer, model: str, tmp_path: Path, flag: tuple[str, ...], n: int) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"context": "Some fish swim.", "question": "What?", "answer": "fish"}\n' * 21)
+    words = ("--methods", "random", "--keep", "0.5", "--out", str(tmp_path / "out"), "--json")
+    code, out, _ = fewer("compare", "--model", model, "--data", str(path), *words, *flag)
+    assert code == 0 and {row["n"] for row in json.loads(out.splitlines()[-1])["rows"]} == {n}
+
+
 REFUSED = {
     "keep zero": (("compare", "--keep", "0"), "--keep 0 would leave nothing"),
     "keep above one": (("generate", "x", "--keep", "1.5"), "--keep 1.5 is not a fraction"),

@@ -209,6 +209,9 @@ def test_prompts() -> None:
     for more in ({"store": "kivi-4bit"}, {"when": "decode"}, {"visual": (36,)}):
         with pytest.raises(FewerError, match=rf"\({next(iter(more))}=\.\.\.\) means nothing for a prompt"):
             cost.of(model, "bm25", 0.5, tokens=100, **more)  # type: ignore[arg-type]
+    assert read.modelled
+    more = cost.of(model, "longllmlingua", 0.3, tokens=101, scorer=small)
+    assert not more.modelled and any("one reading of it is counted" in note for note in more.notes)
     with pytest.raises(FewerError, match=r"scorer=.* means nothing for 'bm25'"):
         cost.of(model, "bm25", 0.5, tokens=100, scorer=small)
 

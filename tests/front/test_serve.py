@@ -24,6 +24,7 @@ from fewer.cli.methods import describe
 from fewer.errors import FewerError
 from fewer.methods import METHODS, of_family
 from fewer.prompts.source import Ranking, Source
+from fewer.serve.lanes import models_of
 from fewer.serve.settings import Settings
 from fewer.types import Budget, Card
 from tests.front.served import Upstream, serving
@@ -276,6 +277,36 @@ def test_a_model_stops_when_nobody_waits_any_more(monkeypatch: pytest.MonkeyPatc
     assert len(hooks) == had  # the server's has gone with it
 
 
+def test_methods_that_share_one_of_two_models_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SCOPE ranks with one model and writes with the one that others read with."""
+    together = [0, 0]
+
+    @dataclass(frozen=True)
+    class Two(Slow):
+        model: str = "encoder"
+        rewrite: str = "writer"
+
+        def rank(self, source: Source, budget: Budget | None) -> Ranking:
+            together[0] += 1
+            together[1] = max(together)
+            time.sleep(0.1)
+            together[0] -= 1
+            return Ranking(source.words, np.zeros(len(source.words)))
+
+    @dataclass(frozen=True)
+    class One(Two):
+        model: str = "writer"
+        rewrite: None = None  # type: ignore[assignment]
+
+    assert models_of(Two()) == ("encoder", "writer") and models_of(One()) == ("writer",)
+    monkeypatch.setitem(METHODS, "two", Two)
+    monkeypatch.setitem(METHODS, "one", One)
+    with serving() as client, ThreadPoolExecutor(6) as pool:
+        asked = [{**ASKED, "method": name} for name in ("one", "two") * 3]
+        said = list(pool.map(lambda body: client.post("/v1/compress", json=body).status_code, asked))
+    assert said == [200] * 6 and together == [0, 1]
+
+
 def test_no_more_wait_than_may(slow: type[Slow]) -> None:
     with serving(queue=3) as client, ThreadPoolExecutor() as pool:
         calls = [pool.submit(client.post, "/v1/compress", json=ASKED) for _ in range(3)]
@@ -329,6 +360,10 @@ def test_methods_are_those_of_the_command_line(server: httpx2.Client) -> None:
     assert [m["name"] for m in server.get("/methods?family=prompt").json()] == list(of_family("prompt"))
 
 
+def test_a_family_that_is_none(server: httpx2.Client) -> None:
+    assert "known families are kv, prompt, vit, vlm" in error(server.get("/methods?family=promt"), 422)
+
+
 def test_health(server: httpx2.Client) -> None:
     said = server.get("/health").json()
     assert said == {
@@ -355,6 +390,7 @@ def test_the_page_may_load_nothing_from_elsewhere(server: httpx2.Client) -> None
         ({"keep": 1.5}, "1.5"),
         ({"limit_mb": 0.0}, "limit_mb=0.0"),
         ({"frozen": -1}, "frozen=-1"),
+        ({"host": ""}, "host='' would be every address"),
         ({"protect": ("verbs",)}, "no class 'verbs'"),
         ({"upstream": "api.example"}, "upstream='api.example'"),
         ({"upstream": "http://h:x/"}, "no URL"),
@@ -561,6 +597,7 @@ def test_without_an_upstream_nothing_is_forwarded(server: httpx2.Client) -> None
         (b'{"messages": []}', "list of messages"),
         (b'{"messages": ["hi"]}', "each of its messages"),
         (b'{"messages": [{"role": "user", "content": "hi"}], "n": NaN}', "NaN is no number"),
+        (b'{"messages": [{"role": "user", "content": "hi"}], "n": 1e999}', "1e999 is no number"),
         (b'{"a":' * 100_000, "nested too deeply"),
     ],
 )

@@ -49,6 +49,12 @@ def words(model: str, folder: Path, data: Path, *more: object) -> list[object]:
     ]  # fmt: skip
 
 
+def test_unseen_is_for_texts(fewer, model: str, tmp_path: Path) -> None:
+    data = write(tmp_path / "mine.jsonl", 40, image="cat.png")
+    code, _, err = fewer(*words(model, tmp_path, data, "--unseen"))
+    assert code == 2 and "--unseen is for texts" in err
+
+
 def test_three_commands(fewer, model: str, tmp_path: Path) -> None:
     data = write(tmp_path / "mine.jsonl", 40)
     code, out, err = fewer(*words(model, tmp_path, data))

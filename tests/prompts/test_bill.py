@@ -66,6 +66,12 @@ def test_breakeven_is_where_the_verdict_turns(cached: int, after: int, same: int
         assert asked(found) and asked(found + 1) and (found == 1 or not asked(found - 1))
 
 
+def test_breakeven_where_loss_and_gain_are_multiples() -> None:
+    verdict = worth(5, 4, Prices(plain=3, write=3), cached=4, same=1, requests=18)
+    assert not verdict and verdict.breakeven == 19
+    assert worth(5, 4, Prices(plain=3, write=3), cached=4, same=1, requests=19)
+
+
 def test_messages_are_counted_and_their_common_start_found() -> None:
     head = {"role": "system", "content": "x" * 100}
     chat = [head, {"role": "user", "content": "y" * 200}]

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fewer
 from fewer import BudgetError, FewerError, compress_messages, restore_messages
 from fewer.prompts.counting import Counter
+from fewer.prompts.front import KEPT
 from fewer.prompts.source import Ranking
 from fewer.prompts.turns import ANSWER, OVERHEAD, ChatCounter, Place, read_turns
 from tests.front.tiny_files import save
@@ -210,6 +213,32 @@ def test_protect() -> None:
     for i, left in ((1, "40 hours"), (3, "40 hours")):
         assert done.messages[i]["content"].count(left) == 6
     assert {u.rule for p in done.compressions.values() for u in p.units if u.rule} == {"literal '40 hours'"}
+
+
+@pytest.mark.parametrize("rules", [re.compile(r"\d+ hours"), fewer.protect.NUMBERS, "40 hours", None])
+def test_protect_takes_one_rule_or_none(rules: Any) -> None:
+    done = short(OPENAI, method="random", keep=0.4, protect=rules)
+    assert (done.messages[1]["content"].count("40 hours") == 6) is (rules is not None)
+
+
+def test_what_full_is_asked_is_said() -> None:
+    done = short(OPENAI, method="full", keep=0.4)
+    assert done.messages == OPENAI and KEPT in done.notes
+    assert KEPT not in short(OPENAI, method="full", keep=1.0).notes
+
+
+@pytest.mark.parametrize("calls", [5, "x", {"a": 1}])
+def test_tool_calls_of_any_shape_are_no_fault_of_ours(calls: Any) -> None:
+    chat = [{"role": "assistant", "content": "Yes.", "tool_calls": calls}, {"role": "tool", "content": LONG}]
+    assert short(chat).tokens_after < short(chat).tokens_before
+
+
+@pytest.mark.parametrize(
+    "turn", [{"role": "assistant", "content": "\ud800"}, {"role": "user", "content": "x", "name": "\ud800"}]
+)
+def test_half_a_surrogate_pair_anywhere_is_no_chat(turn: dict[str, Any]) -> None:
+    with pytest.raises(FewerError, match=r"compress_messages\(\): message 0 holds half of a surrogate pair"):
+        short([turn, {"role": "tool", "content": LONG}])
 
 
 def test_objects_that_say_themselves_stay() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import fewer
+from fewer.prompts.front import KEPT
 from fewer.prompts.source import Ranking, Source, Units
 from fewer.types import Budget, BudgetError, FewerError, UnknownName
 from tests.tiny import tiny
@@ -62,6 +63,12 @@ def test_everything_stays(keep: Any) -> None:
     done = shorten(keep=keep)
     assert (done.text, done.units, done.dropped) == (TEXT, (), ())
     assert shorten(keep=None, tokens=10**9).text == TEXT
+
+
+def test_full_says_that_it_kept_too_much() -> None:
+    done = fewer.compress_prompt(TEXT, "full", keep=0.5, tokenizer="characters")
+    assert done.text == TEXT and done.limit == 19 and done.notes == (KEPT,)
+    assert shorten(method="full", keep=None, tokens=10**9).limit == 10**9
 
 
 # --- what it refuses ---

@@ -131,6 +131,25 @@ def test_a_forged_patch_is_refused(pair: tuple[str, str], change: dict[str, obje
         fewer.restore(pair[0], _json({**body, "sha256": _sha(_json(body))}))
 
 
+@pytest.mark.parametrize("part", ["text", "source", "single", "layout", "glue"])
+def test_a_forged_patch_without_a_part_is_refused(pair: tuple[str, str], part: str) -> None:
+    body = json.loads(pair[1])
+    del body["sha256"], body[part]
+    with pytest.raises(FewerError, match="lacks parts"):
+        fewer.restore(pair[0], _json({**body, "sha256": _sha(_json(body))}))
+
+
+def test_a_forged_patch_cannot_ask_for_more_than_there_is(pair: tuple[str, str]) -> None:
+    """Going back and forth, a few steps would give the text a thousand times."""
+    body = json.loads(pair[1])
+    del body["sha256"]
+    back = [[len(pair[0])], [-len(pair[0])]] * 1000
+    body["layout"] = [{"document": 0, "steps": back}, {"document": 1, "steps": []}]
+    body["source"] = _sha(json.dumps([pair[0] * 1000, ""]))
+    with pytest.raises(FewerError, match="not the source"):
+        fewer.restore(pair[0], _json({**body, "sha256": _sha(_json(body))}))
+
+
 def test_written_units_are_told_apart() -> None:
     class Rewrites:
         def rank(self, source: Source, budget: Budget | None) -> Ranking:

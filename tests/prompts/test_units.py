@@ -95,6 +95,28 @@ def test_words(text: str, words: list[str]) -> None:
     assert [source.of(span) for span in source.words] == words
 
 
+@pytest.mark.parametrize("space", ["\u00a0", "\u202f", "\u3000", "\u2009", "\u2028", "\u0085"])
+def test_a_capital_letter_before_wide_white_space(space: str) -> None:
+    """sentencex panics on it as it stands."""
+    text = f"Take vitamin A{space}. Then J{space}. Smith came. It rained."
+    source = Source((text,))
+    check(source, source.sentences)
+    assert "It rained." in [source.of(span) for span in source.sentences]
+
+
+def test_a_line_on_which_the_segmenter_panics_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    panic = type("PanicException", (BaseException,), {})
+
+    def segment(language: str, text: str) -> list[str]:
+        raise panic if "B" in text else KeyboardInterrupt
+
+    monkeypatch.setattr("fewer.prompts.source.sentencex.segment", segment)
+    source = Source(("A B. C.",))
+    assert [source.of(span) for span in source.sentences] == ["A B. C."]
+    with pytest.raises(KeyboardInterrupt):
+        len(Source(("A C.",)).sentences)
+
+
 def test_sentences_lines_and_paragraphs() -> None:
     source = Source(("Mr. Fox ran. He\r\nstopped! \n \nWhy? ", " \n"))
     read = {kind: [source.of(span) for span in getattr(source, kind)] for kind in KINDS[1:]}

@@ -228,6 +228,26 @@ def test_a_loss_of_your_own(host: Texts) -> None:
     assert mine.measure == "longer"
 
 
+def test_questions_about_one_context_are_promised_as_one(host: Texts, tmp_path: Path) -> None:
+    twice = [replace(one, question=f"{one.question} {again}") for one in examples(24) for again in "ab"]
+    found = tune(host.model, twice, host=host, **{**ASKED, "methods": ["knorm"], "levels": False, "loss": 0.9})
+    assert found.grouped and found.chosen is not None and found.held is not None
+    tested = next(one for one in found.sequence if one.setting == found.chosen)
+    assert tested.n == found.contexts == found.parts["calibration"] / 2
+    assert f"on {tested.n} calibration contexts" in found.promise and "counts once" in found.promise
+    found.plan().save(tmp_path / "plan.toml")
+    plan = TunedPlan.load(tmp_path / "plan.toml")
+    assert "counts once" in str(plan) and "here every request counts" in fewer.Monitor.of(plan, measure="changed").note
+
+
+def test_unseen_is_said_by_who_is_asked(host: Texts) -> None:
+    with pytest.raises(FewerError, match=r"tune\(unseen=True\): Texts compresses with the question"):
+        tune(host.model, examples(40), host=host, unseen=True, **ASKED)
+    host = Texts(host.model, host.tokenizer, most=4, unseen=True)
+    with pytest.raises(FewerError, match=r"before the question is read; say unseen=True"):
+        tune(host.model, examples(40), host=host, **ASKED)
+
+
 def test_the_least_examples_that_can_do() -> None:
     assert risk.needed(0.02, 0.05) == 149 and 0.98**149 <= 0.05 < 0.98**148
     assert fewer.tune is tune

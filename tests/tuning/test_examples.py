@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fewer.tuning import risk
-from fewer.tuning.examples import Example, by_context, gather, parts, read
+from fewer.tuning.examples import Example, by_context, gather, parts, read, says
 from fewer.types import FewerError
 from tests.tuning.talking import examples
 
@@ -31,6 +31,19 @@ def test_what_is_read(tmp_path: Path) -> None:
     assert (two.images, two.answers, two.line) == ((str(tmp_path / "cat.png"),), ("x", "y"), 3)
     assert three.answers == () and two.score("Y") == 0.5
     assert gather([{"context": "c", "question": "?"}]) == [Example("c", "?", line=1)]
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "says_"),
+    [
+        ("Nobody knows.", "no", False), ("No, never.", "no", True), ("It is 42.", "4", False), ("It is 4.", "4", True),
+        ("$31,250", "1,250", False), ("$1,250,000", "1,250", False), ("4.5", "4", False), ("a b  c", "B", True),
+        ("C++ it is", "c++", True), ("C++x", "c++", True), ("(x)", "(x)", True), ("Straße", "STRASSE", True),
+        ("東京都", "東京", True), ("naïveté", "naïve", False), ("x-ray", "ray", True), ("-4", "4", True),
+    ],
+)  # fmt: skip
+def test_an_answer_is_said_in_whole_words(text: str, answer: str, says_: bool) -> None:
+    assert says(text, answer) is says_
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """One prefill for many settings gives what each gives by itself, and levels of their own are searched at one total."""
 
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,6 +88,34 @@ def test_a_question_that_was_not_seen_changes_what_stays(tmp_path: Path) -> None
         logits = unseen.model(after, past_key_values=cache).logits[:, -1]
         said = unseen.asker.answers(unseen.asker.greedy(cache, logits.argmax(-1), unseen.most))[0]
     assert (answer.text, answer.bytes) == (unseen.asker.text(said), held)
+
+
+def test_a_text_is_shortened_without_a_question_that_comes_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str | None] = []
+    short = Setting.shorten
+
+    def shorten(self: Setting, prompt: str, question: str | None = None, tokenizer: Any = None) -> str:
+        asked.append(question)
+        return short(self, prompt, question, tokenizer)
+
+    monkeypatch.setattr(Setting, "shorten", shorten)
+    (one,) = examples(1)
+    settings = [Setting(Text("statistical", 0.5)), Setting(Text("bm25", 0.5))]
+    for unseen, wanted in ((True, {None}), (False, {one.question})):
+        asked.clear()
+        _, blind = talker(tmp_path / str(unseen), unseen=unseen).ask(one, settings)
+        assert set(asked) == wanted and ("question" in blind.refused) == unseen
+
+
+def test_seconds_of_shortening_a_text_are_counted(host: Texts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        Setting, "shorten", lambda self, prompt, *rest: time.sleep(0.2 * (self.text is not None)) or prompt
+    )
+    (one,) = examples(1)
+    plain, short = host.ask(one, [Setting(), Setting(Text("truncation", 0.5))])
+    assert plain.choosing < 0.2 <= short.choosing
 
 
 def test_a_budget_that_cannot_be_met_is_said_and_the_others_go_on(host: Texts) -> None:

@@ -295,6 +295,14 @@ def test_of_a_plan() -> None:
     assert (own.measure, own.loss, own.note) == (differ, 0.2, "")
 
 
+def test_numbers_of_numpy_are_numbers() -> None:
+    monitor = Monitor(0.1, measure=lambda full, said: np.float32(full != said))  # type: ignore[arg-type, return-value]
+    monitor.add("a", "b")
+    assert json.loads(json.dumps(monitor.state()))["total"] == 1.0
+    with pytest.raises(FewerError, match=r"seed=1\.5 is no whole number"):
+        _made(0.1, seed=1.5)
+
+
 def test_what_it_says() -> None:
     monitor = Monitor(0.1)
     assert str(monitor) == "Nothing was checked yet; a mean loss of at most 0.1 is promised."

@@ -146,7 +146,7 @@ def test_nonsense_is_named(tmp_path: Path, text: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ('store = "kivi-4bit-x"', "no method 'kivi-4bit-x'"),
+        ('store = "kivi-4bit-x"', "store='kivi-4bit-x' names no form of storage"),
         ('store = "knorm"', "store='knorm' names no form of storage"),
         ('when = "never"', "when='never': it is 'prefill' or 'decode' or 'both'"),
         ("every = 0", "every=0: a number of decoding steps"),

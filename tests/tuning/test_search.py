@@ -85,7 +85,23 @@ def test_a_context_counts_once() -> None:
     many = [replace(one, question=f"{one.question} {i}") for one in examples(60) for i in range(4)]
     test = bench(Told({}))
     tested, passed = promise(test, [row(0.5, 0.0)], many, 0.05, 0.95)
-    assert tested[0].n == 240 and tested[0].p == pytest.approx(0.95**60) and passed == 1
+    assert tested[0].n == 60 and tested[0].p == pytest.approx(0.95**60) and passed == 1
+
+
+def test_what_is_measured_is_what_is_promised() -> None:
+    """One context with many questions that all go wrong weighs as much as any other."""
+    many = examples(40)
+    bad = [replace(many[0], question=f"{many[0].question} {i}", answers=("never",)) for i in range(60)]
+
+    class Fails(Told):
+        def ask(self, example, settings):
+            lost = example.answers == ("never",)
+            return [Answer("none" if lost and one.held else example.answers[0], 10.0) for one in settings]
+
+    test, all_ = bench(Fails({})), [*many[1:], *bad]
+    tested, _ = promise(test, [row(0.5, 0.0)], all_, 0.2, 0.9)
+    assert tested[0].n == 40 and tested[0].loss == pytest.approx(1 / 40)
+    assert tested[0].p == pytest.approx(risk.p_value([1.0] + [0.0] * 39, 0.2))
 
 
 def test_the_promise_is_kept_over_many_draws() -> None:

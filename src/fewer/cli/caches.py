@@ -42,7 +42,10 @@ def compare(
     keep: Annotated[str, typer.Option(help="Budgets, comma-separated: fractions, token counts or bytes.")] = "0.5,0.25",
     tasks: Annotated[str, typer.Option(help="Names, comma-separated, or 'all'.")] = "needle-single,text",
     tokens: Annotated[int, typer.Option(help="Length of a context in tokens.", min=64)] = 1000,
-    samples: Annotated[int, typer.Option(help="Samples of each task; of running text a third as many.", min=1)] = 20,
+    samples: Annotated[
+        int | None,
+        typer.Option(help="Of each task, default 20 (of running text a third); with --data, default all.", min=1),
+    ] = None,
     seed: int = 0,
     data: Annotated[Path | None, typer.Option(help="Your own JSONL of context, question, answer, as the task.")] = None,
     unseen: Annotated[bool, typer.Option(help="With --data: hide the question from the compressor.")] = False,
@@ -52,6 +55,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Measure what methods save and lose on a model: a table, DIR/report.html and DIR/results.jsonl."""
+    from fewer.tuning.examples import read
     from fewer_eval import tasks as known
     from fewer_eval.schema import Question
 
@@ -64,7 +68,8 @@ def compare(
     if unseen and own is None:
         raise FewerError("--unseen goes with --data; the built-in tasks are measured both ways")
     questions: tuple[Question, ...] = ("unseen", "seen") if own is None else ("unseen",) if unseen else ("seen",)
-    _compare(model, run, chosen, keeps, tokens, samples, seed, questions, folder, as_json)
+    many = samples or (20 if data is None else len(read(data)))
+    _compare(model, run, chosen, keeps, tokens, many, seed, questions, folder, as_json)
 
 
 def _compare(
@@ -200,7 +205,7 @@ def _by_plan(
     promise = plan.promise
     length = most or (128 if promise is None else promise.max_new_tokens)
     host = Texts(loaded, tokenizer, most=length, unseen=promise is not None and promise.unseen)
-    short = plan.setting.shorten(context, question, tokenizer)
+    short, _ = host.shorten(plan.setting, context, question)
     answer, report = host.in_line(plan.setting.held, *host.asker.prompt(short, question))
     _say(answer.text, report, as_json)
     if not as_json:

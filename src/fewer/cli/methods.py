@@ -1,6 +1,7 @@
 """`fewer methods` and `fewer show`: what there is, and where it comes from."""
 
 import sys
+from functools import cache
 from typing import Annotated, Any
 
 import typer
@@ -33,15 +34,21 @@ def _made(name: str) -> Any:
     return resolve_prompt(name) if name in of_family("prompt") else resolve(name)
 
 
+@cache
+def described(family: str | None = None) -> list[dict[str, Any]]:
+    """All methods of a family, or of all, and those that serve any."""
+    found = [describe(name) for name in METHODS]
+    families = sorted({method["family"] for method in found} - {"any"})  # those stand under every family
+    if family is not None and family not in families:
+        raise UnknownName(f"family={family!r}: known families are {', '.join(families)}")
+    return [method for method in found if family is None or method["family"] in (family, "any")]
+
+
 def methods(
     family: Annotated[str | None, typer.Option(help="Only this family, such as kv.")] = None, as_json: Json = False
 ) -> None:
     """List the methods by family and mechanism."""
-    found = [describe(name) for name in METHODS]
-    families = sorted({method["family"] for method in found} - {"any"})  # those stand under every family
-    if family is not None and family not in families:
-        raise UnknownName(f"--family {family!r}: known families are {', '.join(families)}")
-    found = [method for method in found if family is None or method["family"] in (family, "any")]
+    found = described(family)
     if as_json:
         print_json(found)
         return

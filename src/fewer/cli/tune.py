@@ -57,6 +57,8 @@ def tune(
     check_outputs(("--plan", plan), *places, read=[data, *(fit or ())], makes_folders=True)
     examples = read(data)  # before a model is loaded: most mistakes are here
     resolve_loss(measure)
+    if unseen and any(one.images for one in examples):
+        raise FewerError("--unseen is for texts: what is dropped of a picture is chosen with its question")
     parted(examples, loss, confidence, measure, seed)
     loaded, processor, host = _loaded(model, examples, max_new_tokens)
     if host is not None:

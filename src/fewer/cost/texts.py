@@ -6,9 +6,16 @@ from fewer.cost.record import Cost
 from fewer.cost.sizes import Decoder
 from fewer.methods import resolve_prompt
 from fewer.methods.any.full import Full
+from fewer.methods.prompt.llmlingua import LLMLingua
+from fewer.methods.prompt.llmlingua2 import LLMLingua2
+from fewer.methods.prompt.provence import Provence
+from fewer.methods.prompt.recomp_extractive import RECOMPExtractive
+from fewer.methods.prompt.selective_context import SelectiveContext
 from fewer.types import Budget, BudgetError, FewerError
 
 CEILING = "a prompt loses whole units, so it may have fewer tokens than it may: a ceiling"
+AGAIN = "the method reads the text more than once, or writes; one reading of it is counted"
+READ_ONCE = (LLMLingua, LLMLingua2, SelectiveContext, RECOMPExtractive, Provence)
 UNKNOWN = "the method reads the text with a model of its own: pass it as scorer= to count that"
 
 
@@ -24,7 +31,8 @@ def of_text(model: Any, method: Any, keep: Any, *, tokens: int, rows: int, new_t
     left = tokens if whole else budget.count(tokens)
     cache = sizes.cache_bytes(left, rows=rows)
     grown = sizes.cache_bytes(left + new_tokens // 2, rows=rows)
-    known = free or scorer is not None
+    known = free or (scorer is not None and isinstance(chosen, READ_ONCE))
+    unknown = [] if known else [UNKNOWN if scorer is None else AGAIN]
     return Cost(
         family="prompt",
         tokens=rows * left,
@@ -38,5 +46,5 @@ def of_text(model: Any, method: Any, keep: Any, *, tokens: int, rows: int, new_t
         rows=rows,
         exact=whole,
         modelled=known,
-        notes=(*([] if whole else [CEILING]), *([] if known else [UNKNOWN])),
+        notes=(*([] if whole else [CEILING]), *unknown),
     )

@@ -160,10 +160,11 @@ def worth(
 
     full, short = costs(had, cached), costs(has, min(cached, same))
     lost, gained = short[0] - full[0], full[1] - short[1]  # by the first request, and by each after it
-    if lost < 0:
+    hair = 1e-9 * max(full[0], short[0])  # costs are sums of floats
+    if lost < -hair:
         breakeven: int | None = 1
-    else:
-        breakeven = 2 + int(lost // gained) if gained > 0 else None  # so that the gain is above the loss, not equal
+    else:  # the gain has to be above the loss, not equal
+        breakeven = 2 + int(max(lost, 0.0) / gained + 1e-9) if gained > hair else None
     sums = [first + (requests - 1) * later for first, later in (full, short)]
     return Worth(sums[0], sums[1], requests, breakeven)
 

@@ -189,7 +189,7 @@ def _read(item: Item) -> tuple[dict[str, Any], str | list[str]]:
     """The fields of a line, and what is to be shortened."""
     where = f"line {item.number} of the input"
     try:
-        given = json.loads(item.raw.decode(), object_pairs_hook=_once, parse_constant=_no_number, parse_float=_finite)
+        given = json.loads(item.raw.decode(), object_pairs_hook=_once, parse_constant=_no_number, parse_float=finite)
     except UnicodeDecodeError as why:
         raise BadLine(f"{where} is not UTF-8 text (byte {why.start})") from None
     except json.JSONDecodeError as why:
@@ -222,7 +222,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _finite(digits: str) -> float:
+def finite(digits: str) -> float:
     return number if isfinite(number := float(digits)) else _no_number(digits)
 
 

@@ -17,8 +17,8 @@ from fewer.methods.any.full import Full
 from fewer.prompts.chat_result import ChatCompression
 from fewer.prompts.compression import Compression
 from fewer.prompts.counting import Counter, counter
-from fewer.prompts.front import GLUE, checked, compress_prompt, read_budget, read_documents, read_text
-from fewer.prompts.protect import Rule, protected
+from fewer.prompts.front import GLUE, KEPT, checked, compress_prompt, read_budget, read_documents, read_text
+from fewer.prompts.protect import Rule, listed, protected
 from fewer.prompts.settle import Kept
 from fewer.prompts.source import PromptMethod, Ranking, Source, Span, Units
 from fewer.prompts.turns import ChatCounter, Place, put, read_turns, texts_of
@@ -37,7 +37,7 @@ def compress_messages(
     keep: float | str | None = None,
     tokens: int | None = None,
     frozen: int = 0,
-    protect: Iterable[Any] = (),
+    protect: Any = (),
     tokenizer: Any = None,
     question: str | None = None,
     system: bool = False,
@@ -89,7 +89,7 @@ def compress_messages(
         if _without(text, spans.get(text, ())).strip()
     }
     before = chat.count(turns)
-    rules = [protect] if isinstance(protect, str) else list(protect)
+    rules = listed(protect)
     if ranges := [rule for rule in rules if isinstance(rule, (tuple, list))]:
         raise FewerError(
             f"protect={ranges[0]!r}: in a chat, ranges belong to no document; give the text, or a function"
@@ -121,6 +121,7 @@ def compress_messages(
     if objects := [i for i, turn in enumerate(turns) if turn["role"] in roles and turn is not messages[i]]:
         notes.append(f"messages {objects} are objects, not mappings, and stay as they are")
     notes += done.notes if done is not None else () if places else ["nothing in these messages may be shortened"]
+    notes += [KEPT] * (isinstance(made, Full) and limit is not None and limit < had)
     if done is not None and after >= before:
         notes.append("shortening would not have made the chat shorter, so it is as it was")
         new, after, done = list(messages), before, None

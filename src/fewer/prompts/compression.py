@@ -249,6 +249,8 @@ def restore(text: str, patch: str) -> str | list[str]:
         raise FewerError("restore(): the patch was changed since it was made; nothing is restored from it")
     if version != 1:
         raise FewerError(f"restore(): the patch is of version {version}; this fewer reads 1 only")
+    if not all(name in read for name in ("text", "source", "single", "layout", "glue")):
+        raise FewerError("restore(): the patch lacks parts that every patch of fewer has")
     if _sha(text) != read["text"]:
         raise FewerError(
             "restore(): the patch belongs to another text, or the text was changed; give both as they were"
@@ -259,7 +261,7 @@ def restore(text: str, patch: str) -> str | list[str]:
         documents = []
     if _sha(json.dumps(documents)) != read["source"]:
         raise FewerError("restore(): what the patch gives is not the source it was made of")
-    return documents[0] if read["single"] else documents
+    return documents[0] if read["single"] is True and len(documents) == 1 else documents
 
 
 def _replayed(text: str, read: dict[str, Any]) -> list[str]:
@@ -270,6 +272,8 @@ def _replayed(text: str, read: dict[str, Any]) -> list[str]:
         if begun and any(step[0] for step in part["steps"]):
             at += len(read["glue"])
         for length, *gone in part["steps"]:
+            if not 0 <= length <= len(text) - at:  # else a small patch could ask for a text without end
+                raise ValueError("a step outside the text")
             pieces.append(gone[0] if gone else text[at : at + length])
             at += length
             begun = begun or length > 0

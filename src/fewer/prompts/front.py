@@ -16,6 +16,7 @@ from fewer.prompts.source import PromptMethod, Ranking, Source
 from fewer.types import Budget, BudgetError, FewerError, Keep
 
 GLUE = "\n\n"
+KEPT = "full keeps everything, whatever the budget"
 
 
 def compress_prompt(
@@ -64,12 +65,12 @@ def compress_prompt(
     everything = tuple(Run(i, 0, len(text)) for i, text in enumerate(documents) if text)
     before = len(source.ends[0]) if len(documents) == 1 else count.count(text_of(documents, everything, GLUE))
     budget = read_budget(keep, tokens)
-    if isinstance(made, Full) or (budget is not None and budget.count(before) >= before):
+    limit = None if budget is None else budget.count(before) if budget.tokens is None else budget.tokens
+    notes: tuple[str, ...] = ()
+    if isinstance(made, Full) or (limit is not None and limit >= before):
         kept, runs, after = None, everything, before
-        limit: int | None = before
-        notes: tuple[str, ...] = ()
+        notes = (KEPT,) * (limit is not None and limit < before)
     else:
-        limit = None if budget is None else budget.count(before)
         asked = None if limit is None else Budget(budget.keep, tokens=limit)  # type: ignore[union-attr]
         ranking = checked(made, made.rank(source, asked), documents)
         if limit is None and ranking.chosen is None:
@@ -118,18 +119,18 @@ def read_documents(prompt: str | Sequence[str]) -> tuple[str, ...]:
     return documents
 
 
-def read_text(text: Any, what: str) -> str:
+def read_text(text: Any, what: str, call: str = "compress_prompt") -> str:
     """A text that can be written as UTF-8; None is the empty one."""
     if text is None:
         return ""
     if not isinstance(text, str):
-        raise FewerError(f"compress_prompt(): {what} is {type(text).__name__}, not text; decode it first")
+        raise FewerError(f"{call}(): {what} is {type(text).__name__}, not text; decode it first")
     if not text.isascii():
         try:
             text.encode()
         except UnicodeEncodeError as why:
             raise FewerError(
-                f"compress_prompt(): {what} holds half of a surrogate pair at character {why.start} "
+                f"{call}(): {what} holds half of a surrogate pair at character {why.start} "
                 f"({text[why.start]!r}), which is no text; decode it with errors='replace' first"
             ) from None
     return text

@@ -149,7 +149,7 @@ def protected(documents: Sequence[str], rules: Any) -> tuple[Protected, ...]:
             that stands alone need not be in a list.
     """
     found: list[Protected] = []
-    for rule in _listed(rules):
+    for rule in listed(rules):
         if isinstance(rule, (tuple, list)):
             found.append(_range(documents, rule))
             continue
@@ -168,7 +168,7 @@ def idle(rules: Any, found: Sequence[Protected]) -> tuple[str, ...]:
     """A note on each string and pattern that protects nothing: it may be misspelt, or be meant as a class."""
     there = {one.rule for one in found if one.start < one.end}
     notes = []
-    for rule in _listed(rules):
+    for rule in listed(rules):
         if isinstance(rule, (str, re.Pattern, regex.Pattern)) and _rule(rule).name not in there:
             said = rule if isinstance(rule, str) else rule.pattern
             known = f"; the class is fewer.protect.{said.upper()}, or --protect-class {said}" if said in CLASSES else ""
@@ -176,7 +176,7 @@ def idle(rules: Any, found: Sequence[Protected]) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _listed(rules: Any) -> list[Any]:
+def listed(rules: Any) -> list[Any]:
     """One or many rules as a list; a tuple that begins with a number is a range."""
     if rules is None:
         return []

@@ -53,6 +53,8 @@ _INNER = rf"[[\w\p{{M}}]--[{DENSE}]]"
 _WORD = regex.compile(rf"{_INNER}+(?:(?:://|[./:\-_@#%+~\\'’?=&]){_INNER}+)*+|(?=\S)\X", regex.V1)
 _ASCII_WORD = re.compile(r"\w+(?:(?:://|[./:\-_@#%+~\\'?=&])\w+)*|\S", re.ASCII)  # the same, three times as fast
 _LINE = re.compile(r"[^\r\n]+")
+_WIDE_SPACE = re.compile(r"[^\S\x00-\x7f]")
+"""White space outside ASCII, on which sentencex 1.0.32 panics behind a single capital letter."""
 _BLANK = regex.compile(r"\n[^\S\n]*\n")
 
 WINDOW = 8192
@@ -272,16 +274,27 @@ def _sentences(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _segmented(text: str, at: int, end: int) -> Iterator[tuple[int, int]]:
-    for sentence in sentencex.segment("en", text[at:end]):
+    plain, shift = _WIDE_SPACE.sub(" ", text[at:end]), at
+    for sentence in _split(plain):
         said = sentence.strip()
-        found = text.find(said, at, end)  # the segmenter may lose white space between
-        if found >= 0 and said:
+        found = plain.find(said, at - shift) + shift  # the segmenter may lose white space between
+        if found >= shift and said:
             if text[at:found].strip():  # nor may it lose anything else
                 yield at, found
             at = found + len(said)
             yield found, at
     if text[at:end].strip():
         yield at, end
+
+
+def _split(line: str) -> list[str]:
+    """Sentences as sentencex has them; none where it panics, which is no Exception: then the line is one."""
+    try:
+        return list(sentencex.segment("en", line))
+    except BaseException as why:
+        if type(why).__name__ != "PanicException":
+            raise
+        return []
 
 
 def _paragraphs(text: str) -> Iterator[tuple[int, int]]:

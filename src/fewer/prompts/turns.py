@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fewer.prompts.counting import Counter
+from fewer.prompts.front import read_text
 from fewer.types import FewerError
 
 OVERHEAD, ANSWER = 4, 3
@@ -39,6 +40,9 @@ def read_turns(messages: Any, call: str) -> list[Mapping[str, Any]]:
                 f"{call}(): the content of message {index} is {type(said['content']).__name__}; it may be text, a list "
                 f"of parts, or None"
             )
+        for text in [*(text for _, text in texts_of(said)), said.get("name")]:
+            if isinstance(text, str):
+                read_text(text, f"message {index}", call)
         turns.append(said)
     return turns
 
@@ -117,7 +121,8 @@ def _plain(turn: Mapping[str, Any]) -> dict[str, str]:
     said = [text for _, text in texts_of(turn)]
     content = turn.get("content")
     calls = [part for part in content or () if isinstance(part, Mapping) and part.get("type") == "tool_use"]
-    for call in [*(turn.get("tool_calls") or ()), turn.get("function_call"), *calls]:
+    listed = turn.get("tool_calls")
+    for call in [*(listed if isinstance(listed, list) else ()), turn.get("function_call"), *calls]:
         said += [json.dumps(call, default=str)] if call else []
     said += [turn["name"]] if isinstance(turn.get("name"), str) else []
     return {"role": turn["role"], "content": "\n".join(said)}

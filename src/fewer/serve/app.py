@@ -17,13 +17,13 @@ from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, Response
 
 import fewer
-from fewer.cli.methods import describe
+from fewer.cli.methods import described
 from fewer.errors import BudgetError, FewerError
-from fewer.methods import METHODS, resolve_prompt
+from fewer.methods import resolve_prompt
 from fewer.prompts import protect
 from fewer.serve.forms import Compress, Protect, Restore
 from fewer.serve.guard import Guard, refusal
-from fewer.serve.lanes import Full, Lanes, Late, model_of
+from fewer.serve.lanes import Full, Lanes, Late, models_of
 from fewer.serve.proxy import BYPASS, BadChat, Upstream, read_chat
 from fewer.serve.settings import Settings
 
@@ -54,7 +54,7 @@ def create_app(settings: Settings) -> FastAPI:
     _errors(app)
 
     async def run(method: str, work: Callable[[], T]) -> T:
-        return await lanes.run(model_of(resolve_prompt(method)), work)
+        return await lanes.run(models_of(resolve_prompt(method)), work)
 
     @app.post("/v1/compress")
     async def compress(asked: Compress) -> Response:
@@ -64,16 +64,16 @@ def create_app(settings: Settings) -> FastAPI:
     @app.post("/v1/restore")
     async def restore(asked: Restore) -> Response:
         """Give the source of a compressed text back, byte for byte."""
-        return _json(await lanes.run("", asked.answer))
+        return _json(await lanes.run((), asked.answer))
 
     @app.get("/methods")
     def methods(family: Annotated[str | None, Query()] = None) -> list[dict[str, Any]]:
         """The methods, as `fewer methods --json` lists them."""
-        return [method for method in _described() if family is None or method["family"] in (family, "any")]
+        return described(family)
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        """That the server answers, how much it has to do, and what it does where a request does not say."""
+        """That the server answers, how much it has to do, and what it does with chats."""
         said = {"method": settings.method, "keep": settings.keep, "upstream": upstream is not None}
         return {"status": "ok", "version": fewer.__version__, **said, **lanes.busy}
 
@@ -129,11 +129,6 @@ def _shortened(chat: dict[str, Any], body: bytes, settings: Settings) -> tuple[b
 
 def _json(body: bytes) -> Response:
     return Response(body, media_type="application/json")
-
-
-@cache
-def _described() -> list[dict[str, Any]]:
-    return [describe(name) for name in METHODS]
 
 
 @cache

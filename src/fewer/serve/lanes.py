@@ -1,7 +1,8 @@
 """Where compression runs: threads beside the one that talks to clients, a lane for each model, and an end in time.
 
-A lane does its calls one after another, so a model is loaded once and never run twice at a time; methods without a
-model share a lane of several threads. The number of calls that wait or run is bounded, all lanes together.
+A lane does its calls one after another, so a model is loaded once and never run twice at a time; a method of two models
+has the lane of one and waits for the other. Methods without a model share a lane of several threads. The number of
+calls that wait or run is bounded, all lanes together.
 
 A thread cannot be stopped from outside. A call that is late is answered at once; its thread is told, and ends before
 the next module of a torch model runs, or at the next `check()`. Until then it counts as running.
@@ -10,8 +11,10 @@ the next module of a torch model runs, or at the next `check()`. Until then it c
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -46,10 +49,11 @@ def check() -> None:
         raise Late
 
 
-def model_of(method: PromptMethod) -> str:
-    """The model that a method runs, as the name of its lane; "" for none."""
-    model = getattr(method, "model", None)
-    return "" if model is None else model if isinstance(model, str) else f"{type(model).__name__} {id(model)}"
+def models_of(method: PromptMethod) -> tuple[str, ...]:
+    """Names for the models that a method runs."""
+    models = [getattr(method, name, None) for name in ("model", "rewrite", "summarise")]
+    names = {one if isinstance(one, str) else f"{type(one).__name__} {id(one)}" for one in models if one is not None}
+    return tuple(sorted(names))
 
 
 class Lanes:
@@ -66,6 +70,7 @@ class Lanes:
 
         self.workers, self.queue, self.seconds = workers, queue, seconds
         self._pools: dict[str, ThreadPoolExecutor] = {}
+        self._models: dict[str, threading.Lock] = defaultdict(threading.Lock)
         self._calls: set[_Call] = set()
         self._lock = threading.Lock()
         self._hook = register_module_forward_pre_hook(lambda module, args: check())
@@ -77,8 +82,8 @@ class Lanes:
             running = sum(call.began for call in self._calls)
             return {"running": running, "waiting": len(self._calls) - running}
 
-    async def run(self, lane: str, work: Callable[[], T]) -> T:
-        """What `work` gives, done in that lane.
+    async def run(self, models: Sequence[str], work: Callable[[], T]) -> T:
+        """What `work` gives, done in the lane of the first of the models that it runs, while nothing else runs them.
 
         Raises:
             Full: as many calls as may already wait or run.
@@ -89,7 +94,8 @@ class Lanes:
             if len(self._calls) >= self.queue:
                 raise Full(f"{len(self._calls)} calls wait or run, and no more may")
             self._calls.add(call)
-            future = self._pool(lane).submit(self._done, call, work)
+            held = [self._models[name] for name in models]  # in one order for all, so that none waits in a circle
+            future = self._pool(models[0] if models else "").submit(self._done, call, held, work)
         future.add_done_callback(lambda _: self._calls_without(call))
         waited = asyncio.wrap_future(future)
         start = time.monotonic()
@@ -103,13 +109,16 @@ class Lanes:
         what = "compressing took" if call.began else "calls before it took"
         raise Late(f"{what} more than {time.monotonic() - start:.0f} s; send less, or give --timeout more")
 
-    def _done(self, call: _Call, work: Callable[[], T]) -> T:
-        call.began, _here.call = True, call
-        try:
-            check()
-            return work()
-        finally:
-            _here.call = None
+    def _done(self, call: _Call, models: Sequence[threading.Lock], work: Callable[[], T]) -> T:
+        with ExitStack() as stack:
+            for model in models:
+                stack.enter_context(model)
+            call.began, _here.call = True, call
+            try:
+                check()
+                return work()
+            finally:
+                _here.call = None
 
     def _pool(self, lane: str) -> ThreadPoolExecutor:
         if lane not in self._pools:

@@ -12,6 +12,7 @@ import httpx2
 from starlette.responses import Response, StreamingResponse
 
 from fewer.errors import FewerError
+from fewer.prompts.bulk import finite
 from fewer.serve.guard import log, refusal
 from fewer.serve.settings import Settings, is_loopback
 
@@ -39,7 +40,7 @@ def read_chat(body: bytes) -> dict[str, Any]:
         BadChat: it is no JSON object with messages.
     """
     try:
-        chat = json.loads(body, parse_constant=_no_number)
+        chat = json.loads(body, parse_constant=_no_number, parse_float=finite)
     except RecursionError:
         raise BadChat("the body is nested too deeply") from None
     except UnicodeDecodeError as why:

@@ -44,6 +44,10 @@ class Settings:
     queue: int = 100
 
     def __post_init__(self) -> None:
+        if not self.host.strip():
+            raise FewerError(
+                f"host={self.host!r} would be every address; say 127.0.0.1, or 0.0.0.0 where that is meant"
+            )
         resolve_prompt(self.method)
         if Budget.parse(self.keep).fraction is None:
             raise FewerError(f"keep={self.keep!r}: prompts take the share that stays, in (0, 1]")

@@ -76,7 +76,7 @@ def tune(
             one's, and the example, with values in [0, 1]; see `fewer.tuning.losses`.
         processor: the model's tokenizer, or a vision-language model's processor.
         fit: files that `fewer fit` made, for methods that need one.
-        unseen: compress contexts before their question is read, as where one context serves many.
+        unseen: compress contexts before their question is read, as where one context serves many; texts only.
         levels: also search budgets for single layers and heads.
         max_new_tokens: of an answer.
         record: a file that takes every answer as it comes; the same call goes on from it after an interruption.
@@ -107,6 +107,11 @@ def tune(
         made = Pictures(model, processor, most=max_new_tokens)
     elif made is None:
         made = Texts(model, processor, most=max_new_tokens, unseen=unseen)
+    if unseen != getattr(made, "unseen", False):
+        raise FewerError(
+            f"tune(unseen={unseen}): {type(made).__name__} compresses "
+            + ("with the question; leave unseen out" if unseen else "before the question is read; say unseen=True")
+        )
     made.check([*choosing, *calibrating, *held_out])
     fingerprint = fits.fingerprint(model)
     about = {

@@ -9,7 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import regex
+
+from fewer.prompts.source import DENSE
 from fewer.types import FewerError
+
+_SPACED = rf"[\w--[{DENSE}]]"
+"""Letters and digits of scripts that put spaces between words."""
 
 
 @dataclass(frozen=True)
@@ -28,15 +34,34 @@ class Example:
     line: int = 0
 
     def score(self, said: str) -> float:
-        """The share of the expected strings that an answer holds, in any case."""
-        text = said.casefold()
-        return sum(answer.casefold() in text for answer in self.answers) / len(self.answers)
+        """The share of the expected strings that an answer says, see `says`."""
+        return sum(says(said, answer) for answer in self.answers) / len(self.answers)
 
     @cached_property
     def key(self) -> str:
         """The same for examples that ask the same."""
         said = json.dumps([self.context, self.question, self.images])
         return hashlib.sha256(said.encode()).hexdigest()[:16]
+
+
+def says(text: str, answer: str) -> bool:
+    """Whether a text holds an answer, in any case, as whole words and whole numbers.
+
+    >>> says("It is Blue.", "blue"), says("I do not know.", "no"), says("31,250", "1,250"), says("4.5", "4")
+    (True, False, False, False)
+    >>> says("東京都です", "東京")
+    True
+    """
+    answer = answer.strip().casefold()
+    before, after = _edge(answer[0], r"(?<![{0}])", r"(?<!\d[.,])"), _edge(answer[-1], r"(?![{0}])", r"(?![.,]\d)")
+    return regex.search(f"{before}{regex.escape(answer)}{after}", text.casefold(), regex.V1) is not None
+
+
+def _edge(at: str, word: str, number: str) -> str:
+    """What must not stand beside an answer that begins, or ends, with this: nothing of its word, or of its number."""
+    if not regex.match(_SPACED, at, regex.V1):
+        return ""
+    return word.format(_SPACED) + (number if at.isdigit() else "")
 
 
 def read(path: str | Path) -> list[Example]:

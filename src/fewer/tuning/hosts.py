@@ -4,6 +4,7 @@ Texts      a decoder: one prefill serves every setting that acts after it, and t
 Pictures   a vision-language model, setting by setting
 """
 
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,8 +32,8 @@ class Answer(NamedTuple):
 
     `bytes` is what the cache held after the prompt, `held` the entries of a head there, on average, `tokens` how many
     of the prompt the model read (visual tokens as the mean over its layers), `new` how many it said, `choosing` the
-    seconds that deciding took; `shares` is what each head of each layer kept, of what it had. `refused` says why a
-    setting cannot be met here.
+    seconds that deciding took, and shortening the text; `shares` is what each head of each layer kept, of what it had.
+    `refused` says why a setting cannot be met here.
     """
 
     text: str
@@ -75,6 +76,7 @@ class Texts:
         self.model, self.tokenizer, self.most, self.unseen = model, tokenizer, most, unseen
         self.asker = Asker(model, tokenizer)
         self.made: dict[Held, Any] = {}
+        self.loaded: set[str] = set()
 
     def check(self, examples: Sequence[Example]) -> None:
         """Raise for examples that cannot be asked, before hours are spent on others."""
@@ -98,7 +100,7 @@ class Texts:
         answers: dict[int, Answer] = {}
         for text, members in groups.items():
             try:
-                context = Setting(text).shorten(example.context, example.question, self.tokenizer)
+                context, took = self.shorten(Setting(text), example.context, example.question)
             except FewerError as why:
                 answers.update(dict.fromkeys(members, Answer("", refused=str(why))))
                 continue
@@ -108,7 +110,14 @@ class Texts:
                 answers[index] = self._in_line(settings[index].held, before, after)
             rest = [index for index in members if index not in alone]
             answers.update(zip(rest, self._beside([settings[i].held for i in rest], before, after), strict=True))
+            for index in members:
+                answers[index] = answers[index]._replace(choosing=answers[index].choosing + took)
         return [answers[index] for index in range(len(settings))]
+
+    def shorten(self, setting: Setting, context: str, question: str) -> tuple[str, float]:
+        """A context with a setting's part for texts, which sees the question unless that comes later; and the seconds
+        that took, without those of loading what it reads with."""
+        return _timed(setting, context, None if self.unseen else question, self.tokenizer, self.loaded)
 
     def method(self, held: Held | None) -> Any:
         """The method of a setting, made once: a fit is read from its file then."""
@@ -208,6 +217,7 @@ class Pictures:
 
     def __init__(self, model: Any, processor: Any, *, most: int = 64, write: Any = None, see: Any = None) -> None:
         self.model, self.processor, self.most = model, processor, most
+        self.loaded: set[str] = set()
         self.write, self.see = write or self._turn, see or (lambda picture: picture)
 
     def check(self, examples: Sequence[Example]) -> None:
@@ -229,9 +239,11 @@ class Pictures:
         images = [self.see(self.picture(name)) for name in example.images]
         answers = []
         for setting in settings:
-            question = example.question
+            question, took = example.question, 0.0
             if example.context:
-                question = f"{setting.shorten(example.context, question, self.processor.tokenizer)}\n\n{question}"
+                tokenizer = self.processor.tokenizer
+                context, took = _timed(setting, example.context, question, tokenizer, self.loaded)
+                question = f"{context}\n\n{question}"
             text = self.write(question, len(images))
             try:
                 made = self.processor(images=images, text=[text], return_tensors="pt")
@@ -242,7 +254,8 @@ class Pictures:
                 ) from why
             inputs = made.to(self.model.device)
             try:
-                answers.append(self._one(setting, inputs))
+                answer = self._one(setting, inputs)
+                answers.append(answer._replace(choosing=answer.choosing + took))
             except FewerError as why:
                 answers.append(Answer("", refused=str(why)))
         return answers
@@ -271,6 +284,15 @@ class Pictures:
         pictures: list[dict[str, str]] = [{"type": "image"}] * images
         turn = [{"role": "user", "content": [*pictures, {"type": "text", "text": question}]}]
         return str(self.processor.apply_chat_template(turn, add_generation_prompt=True))
+
+
+def _timed(setting: Setting, context: str, question: str | None, tokenizer: Any, loaded: set[str]) -> tuple[str, float]:
+    """The shortened context, and the seconds that took; a method that is not among the loaded ones is run before."""
+    if setting.text is not None and setting.text.method not in loaded:
+        setting.shorten(context, question, tokenizer)
+        loaded.add(setting.text.method)
+    start = time.perf_counter()
+    return setting.shorten(context, question, tokenizer), time.perf_counter() - start
 
 
 def watching(methods: Sequence[Any]) -> Any:

@@ -31,6 +31,7 @@ from fewer.types import FewerError, FewerWarning
 
 FORMAT = "fewer-plan 1"
 AGAIN = "run `fewer tune` again"
+ONCE = "a context with several questions counts once, with the mean of their losses"
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Promise:
     `measure` names the loss, `examples` how many it was calibrated on, `lost` their mean loss, `p` the p-value;
     `held_out` and `held_out_lost` are of examples that had no part in any choice. `unseen` says that contexts were
     compressed before the question was read; `max_new_tokens` is how long answers could be, greedy ones; `stake` is what
-    an answer of nothing at all would have lost.
+    an answer of nothing at all would have lost. `grouped` says that some examples shared a context: such a context
+    counts as one example, with the mean loss of its questions, and so it is in what is promised.
     """
 
     loss: float
@@ -54,6 +56,7 @@ class Promise:
     unseen: bool = False
     max_new_tokens: int = 64
     stake: float = 1.0
+    grouped: bool = False
 
     def __str__(self) -> str:
         return (
@@ -61,6 +64,7 @@ class Promise:
             f"most {self.loss:g}; it was {self.lost:.4f} on {self.examples} calibration examples and "
             f"{self.held_out_lost:.4f} on {self.held_out} held out (an answer of nothing would lose {self.stake:.4f})"
             + ("; contexts were compressed before their questions were read" if self.unseen else "")
+            + (f"; {ONCE}" if self.grouped else "")
         )
 
 

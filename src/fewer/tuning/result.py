@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from fewer.tuning.planfile import Promise, TunedPlan
+from fewer.tuning.planfile import ONCE, Promise, TunedPlan
 from fewer.tuning.setting import Setting
 from fewer.types import FewerError
 
@@ -13,9 +13,10 @@ from fewer.types import FewerError
 class Measured:
     """One setting on one part of the examples.
 
-    `loss` is the mean over `n` examples, in [0, 1]; the costs are means over them: `bytes` that the cache held after
-    the prompt, `tokens` of the prompt that the model read, `seconds` until the answer is there, by the table of this
-    machine (None where that was not made). `tasks` splits the loss by the field `task` of the examples.
+    `loss` is the mean over `n` different contexts, in [0, 1], each with the mean of the questions about it; the costs
+    are means of the same kind: `bytes` that the cache held after the prompt, `tokens` of the prompt that the model
+    read, `seconds` until the answer is there, by the table of this machine (None where that was not made). `tasks`
+    splits the loss by the field `task` of the examples.
     `p` is the p-value of "the true loss is above what was asked", on calibration data only.
     """
 
@@ -92,11 +93,18 @@ class Tuned:
         if self.chosen is None:
             return f"Do not compress: {self.why}"
         n, lost = next((one.n, one.loss) for one in self.sequence if one.setting == self.chosen)
+        said = "contexts" if self.grouped else "examples"
         return (
             f"With confidence {self.confidence:g}, on data like these examples, the expected loss ({self.measure}) of "
-            f"{self.chosen} is at most {self.loss:g}: it was {lost:.4f} on {n} calibration examples, which had no "
+            f"{self.chosen} is at most {self.loss:g}: it was {lost:.4f} on {n} calibration {said}, which had no "
             f"part in choosing the candidates. An answer of nothing at all would lose {self.stake:.4f}."
+            + (f" {ONCE[0].upper()}{ONCE[1:]}." if self.grouped else "")
         )
+
+    @property
+    def grouped(self) -> bool:
+        """Whether some calibration examples share a context."""
+        return self.contexts < self.parts.get("calibration", 0)
 
     def plan(self) -> TunedPlan:
         """What to write as plan.toml.
@@ -109,7 +117,7 @@ class Tuned:
         tested = next(one for one in self.sequence if one.setting == self.chosen)
         promise = Promise(
             self.loss, self.confidence, self.measure, tested.n, tested.loss, float(tested.p or 0.0), self.held.n,
-            self.held.loss, self.unseen, self.max_new_tokens, self.stake,
+            self.held.loss, self.unseen, self.max_new_tokens, self.stake, self.grouped,
         )  # fmt: skip
         made = {"date": self.date, "command": self.command, **self.versions}
         return TunedPlan(self.chosen, self.model, self.fingerprint, promise, made)

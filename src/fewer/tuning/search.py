@@ -66,20 +66,25 @@ class Bench:
         return 1.0 if said.refused else lost(loss or self.loss, full.text, said.text, example)
 
     def measured(self, setting: Setting, examples: Sequence[Example]) -> Measured:
-        """The means over examples that were asked."""
-        losses = [self.lost(example, setting) for example in examples]
-        said = [self.answer(example, setting) for example in examples]
+        """The means over examples that were asked: over contexts, of the means over the questions about each."""
+        contexts = by_context(examples)
         tasks: dict[str, list[float]] = defaultdict(list)
-        for example, loss in zip(examples, losses, strict=True):
-            tasks[example.task].append(loss)
-        took = [self.seconds(setting, self.answer(one, Setting()), self.answer(one, setting)) for one in examples]
+        for example in examples:
+            tasks[example.task].append(self.lost(example, setting))
+
+        def mean(of: Callable[[Example], float]) -> float:
+            return fmean(fmean(map(of, group)) for group in contexts)
+
+        took = {
+            one.key: self.seconds(setting, self.answer(one, Setting()), self.answer(one, setting)) for one in examples
+        }
         return Measured(
             setting,
-            len(losses),
-            fmean(losses),
-            fmean(one.bytes for one in said),
-            fmean(one.tokens for one in said),
-            None if None in took else fmean(one for one in took if one is not None),
+            len(contexts),
+            mean(lambda one: self.lost(one, setting)),
+            mean(lambda one: self.answer(one, setting).bytes),
+            mean(lambda one: self.answer(one, setting).tokens),
+            None if None in took.values() else mean(lambda one: took[one.key] or 0.0),
             {task: fmean(values) for task, values in sorted(tasks.items()) if task},
         )
 

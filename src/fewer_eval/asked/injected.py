@@ -37,18 +37,18 @@ class Swayed:
     `same`: of the characters of all other text that were kept with the sentence or with a harmless one, those kept
     both times. `needed` and `needed_harmless`: how often all that an answer needs stayed. `kept` and `kept_harmless`:
     how much of the sentence itself did, both over its length (a harmless one is a few characters shorter). `refused`:
-    examples that the method would not shorten, which count nowhere.
+    examples that the method would not shorten, which count nowhere: where it refused all, the shares are None.
     """
 
     method: str
     keep: float
     wording: str
     n: int
-    same: float
-    needed: float
-    needed_harmless: float
-    kept: float
-    kept_harmless: float
+    same: float | None
+    needed: float | None
+    needed_harmless: float | None
+    kept: float | None
+    kept_harmless: float | None
     refused: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -102,5 +102,5 @@ def sway(method: Any, keep: float, wording: str, examples: Sequence[Asked]) -> S
             "kept": mine / len(said),
             "kept_harmless": own / len(said),
         })  # fmt: skip
-    shares = {name: statistics.fmean(row[name] for row in rows) if rows else 0.0 for name in SHARES}
+    shares = {name: statistics.fmean(row[name] for row in rows) if rows else None for name in SHARES}
     return Swayed(name_of(method), keep, wording, len(rows), refused=refused, **shares)

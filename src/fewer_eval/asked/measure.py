@@ -26,10 +26,10 @@ class Line:
     """One method at one keep in one setting; means over `n` examples, shares in [0, 1].
 
     `answered`: the model's answer holds the right one, over the `asked` examples that it was asked about; None where it
-    is beyond the model. `needed`: all that an answer
-    needs is in the text. `survived`: of each class, the share of what the source has that stayed whole. `parses`:
-    Python code that is still Python, None where there is none. `got` over `limit` is how near the budget was met,
-    `over` the number of times it was exceeded. `refused` are examples that the method would not shorten.
+    is beyond the model. `needed`: all that an answer needs is in the text. `survived`: of each class, the share of what
+    the source has that stayed whole. `parses`: Python code that is still Python, None where there is none.
+    `tokens_after` over `limit` is how near the budget was met, `over` the number of times it was exceeded. `refused`
+    are examples that the method would not shorten: they count with the whole text, which a caller would send then.
     """
 
     setting: str
@@ -72,7 +72,7 @@ class Answerer:
 
 
 def right(said: str, answer: str) -> bool:
-    """Whether an answer holds the right one, commas and case aside.
+    """Whether an answer holds the right one, commas and case aside; anywhere, also in a longer word or number.
 
     >>> right("They granted $1250.", "1,250"), right("In 1849.", "1848")
     (True, False)

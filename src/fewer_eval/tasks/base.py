@@ -20,13 +20,18 @@ class Example:
     details: Mapping[str, str | int | float] = field(default_factory=dict)
 
 
+def occurs(text: str, answer: str) -> bool:
+    """Whether an answer stands anywhere in a text, in any case: RULER's rule."""
+    return answer.casefold() in text.casefold()
+
+
 @dataclass(frozen=True)
 class Task:
     """A family of examples and how an answer to them is graded.
 
     `make(tokenizer, tokens, n, seed)` gives `n` examples whose contexts have at most `tokens` tokens and at least 97 %
     of them; the same arguments always give the same examples. `kind` is "text" where a continuation is measured and no
-    question is asked.
+    question is asked. `found` says whether a text holds an answer.
     """
 
     name: str
@@ -34,11 +39,11 @@ class Task:
     max_new_tokens: int
     make: Callable[[PreTrainedTokenizerBase, int, int, int], list[Example]]
     kind: Literal["answer", "text"] = "answer"
+    found: Callable[[str, str], bool] = occurs
 
     def grade(self, prediction: str, example: Example) -> float:
-        """The share of the reference strings that occur in the prediction, in any case (RULER's rule)."""
-        said = prediction.casefold()
-        return sum(answer.casefold() in said for answer in example.answers) / len(example.answers)
+        """The share of the reference strings that are found in the prediction."""
+        return sum(self.found(prediction, answer) for answer in example.answers) / len(example.answers)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from fewer.tuning.examples import read
+from fewer.tuning.examples import read, says
 from fewer.types import FewerError
 from fewer_eval.tasks.base import Example, Task
 
@@ -13,7 +13,8 @@ def from_jsonl(path: str | Path, *, max_new_tokens: int = 64) -> Task:
     """Read a task named after the file. `answer` is one string, or a list of strings that are all expected.
 
     `make` gives the first n examples in the file's order, all of them where the file has fewer, with their contexts as
-    they are: it ignores the wanted number of tokens and the seed. Other fields and empty lines are ignored.
+    they are: it ignores the wanted number of tokens and the seed. Other fields and empty lines are ignored. Answers
+    count as whole words, as in `fewer tune`.
     """
     path = Path(path)
     examples = []
@@ -27,4 +28,4 @@ def from_jsonl(path: str | Path, *, max_new_tokens: int = 64) -> Task:
             raise FewerError(f"{path.name} was asked for {n} examples, at least 1 is needed")
         return examples[:n]
 
-    return Task(path.stem, f"the examples of {path.name}", max_new_tokens, make)
+    return Task(path.stem, f"the examples of {path.name}", max_new_tokens, make, found=says)

@@ -57,7 +57,8 @@ def test_terms_are_parts_of_words_in_lower_case() -> None:
 @pytest.mark.parametrize("question", ["zebra", "?!", "…"])
 def test_a_question_that_shares_nothing_ranks_nothing(question: str) -> None:
     for text in ("One two. Three.", "... !!!"):
-        assert not BM25().rank(Source((text,), question=question), None).value.any()
+        ranked = BM25().rank(Source((text,), question=question), None)
+        assert not ranked.value.any() and "no word of the question stands in the text" in ranked.notes[0]
 
 
 def test_errors() -> None:

@@ -1,6 +1,7 @@
 """LongCodeZip: functions by what they say of the question, blocks at peaks, and code that parses."""
 
 import ast
+import inspect
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import fewer
 from fewer.methods.prompt.longcodezip import LongCodeZip, shares
 from fewer.prompts.source import Source
 from fewer.score.perplexity import by_line, peaks, perplexities
-from fewer.types import Budget, MissingSignal, UnknownName
+from fewer.types import Budget, BudgetError, MissingSignal, UnknownName
 from tests.prompts.programs import PROGRAMS
 from tests.readers import bytes_reader, pairs_reader
 
@@ -144,3 +145,21 @@ def test_languages_by_name() -> None:
     assert done.text.startswith("package p") and not done.notes
     with pytest.raises(UnknownName, match="no grammar"):
         LongCodeZip(model=bytes_reader(), language="cobol").rank(Source((FRUIT,), "q"), Budget.parse(0.5))
+
+
+def test_settings_that_cannot_be() -> None:
+    for wrong, said in (
+        ({"fine": 0.0}, r"fine=0\.0"),
+        ({"beta": 2.0}, r"beta=2\.0"),
+        ({"instead": "begin"}, "known are 'end'"),
+    ):
+        with pytest.raises((BudgetError, UnknownName), match=said):
+            made(**wrong)
+
+
+def made(**settings: object) -> None:
+    """As a user makes one: under test a check of types stands before it."""
+    method = LongCodeZip()
+    for name, value in settings.items():
+        object.__setattr__(method, name, value)
+    inspect.unwrap(LongCodeZip.__post_init__)(method)

@@ -151,3 +151,10 @@ def test_the_default_models_shorten_a_paragraph() -> None:
     done = fewer.compress_prompt(text.strip(), SCOPE(keywords=1), keep=0.5, question="Why were ships lost?")
     assert done.tokens_after <= (done.limit or 0) and done.text
     assert not done.extractive or done.notes, "either something was rewritten, or a note says why not"
+
+
+@pytest.mark.parametrize("wrong", [{"alike": 2.0}, {"beta": -0.1}, {"longest": 0}, {"keywords": -1}])
+def test_settings_that_cannot_be(wrong: dict[str, float]) -> None:
+    (name, value) = next(iter(wrong.items()))
+    with pytest.raises(BudgetError, match=rf"SCOPE\(.*{name}={value}"):
+        SCOPE(**wrong)  # type: ignore[arg-type]

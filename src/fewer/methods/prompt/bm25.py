@@ -50,7 +50,9 @@ class BM25:
     def rank(self, source: Source, budget: Budget | None) -> Ranking:
         asked = Source((question_of(source, "bm25"),))
         query = terms(asked, asked.whole)[0]
-        return Ranking(source.sentences, self._scores(query, terms(source, source.sentences)))
+        scores = self._scores(query, terms(source, source.sentences))
+        none = "no word of the question stands in the text, so bm25 has nothing to go by: the first sentences stay"
+        return Ranking(source.sentences, scores, notes=() if scores.any() else (none,))
 
     def _scores(self, query: list[str], sentences: list[list[str]]) -> Floats:
         import bm25s

@@ -31,7 +31,7 @@ from fewer.prompts.needs import closed, pulling
 from fewer.prompts.source import Bools, Floats, Ints, Ranking, Source
 from fewer.score.perplexity import by_line, peaks, perplexities
 from fewer.score.surprise import Reader, reader
-from fewer.types import Budget, Card, MissingSignal
+from fewer.types import Budget, BudgetError, Card, MissingSignal, UnknownName
 
 SPARE, SHORT, TAIL = 100, 5, 10
 """Tokens more for the choice of functions; lines below which one stays whole; lines that are asked for at the end."""
@@ -65,6 +65,12 @@ class LongCodeZip:
         slugs=("longcodezip",),
     )  # fmt: skip
     needs: ClassVar[frozenset[object]] = frozenset()
+
+    def __post_init__(self) -> None:
+        if not (0 < self.fine <= 1 and 0 <= self.beta <= 1):
+            raise BudgetError(f"LongCodeZip(fine={self.fine!r}, beta={self.beta!r}): fine is in (0, 1], beta in [0, 1]")
+        if self.instead not in ("end", "instruction"):
+            raise UnknownName(f"LongCodeZip(instead={self.instead!r}): known are 'end' and 'instruction'")
 
     def rank(self, source: Source, budget: Budget | None) -> Ranking:
         read, found = reader(self.model), code(source, self.language)

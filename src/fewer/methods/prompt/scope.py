@@ -26,7 +26,7 @@ from fewer.prompts.chunks import allowed, best, coherent, cosine
 from fewer.prompts.source import Bools, Floats, Ranking, Source, Units
 from fewer.score.embed import Embedder, embedder
 from fewer.score.rewriting import asking, finished
-from fewer.types import Budget, Card, FewerError
+from fewer.types import Budget, BudgetError, Card, FewerError
 
 SHORT = 16
 """Tokens below which a chunk is not rewritten."""
@@ -60,6 +60,14 @@ class SCOPE:
         slugs=("scope",),
     )  # fmt: skip
     needs: ClassVar[frozenset[object]] = frozenset()
+
+    def __post_init__(self) -> None:
+        if not (-1 <= self.alike <= 1 and 0 <= self.beta <= 1):
+            raise BudgetError(f"SCOPE(alike={self.alike!r}, beta={self.beta!r}): alike is in [-1, 1], beta in [0, 1]")
+        if self.longest < 1 or self.keywords < 0:
+            raise BudgetError(
+                f"SCOPE(longest={self.longest!r}, keywords={self.keywords!r}): at least 1 token, and 0 keywords"
+            )
 
     def rank(self, source: Source, budget: Budget | None) -> Ranking:
         embed, sentences, count = embedder(self.model), source.sentences, source.counter.count
