@@ -3,6 +3,10 @@ tokens, in one softmax. A token of mass m counts as m equal ones: log m is added
 
 Grouped query heads share a key-value head by being rows of one product, so keys are read once for each key-value head
 and never repeated. Logits are held for a block of queries at a time.
+
+The softmax is in float32. Products are in the model's own precision, as in transformers' "eager" attention and unlike
+torch's fused one, which keeps float32 between: at 16 bits and large logits (a standard deviation of 9) outputs are off
+by 2.5 % in bfloat16 and 0.2 % in float16, about ten times as much as the fused one's.
 """
 
 from collections.abc import Sequence
@@ -14,7 +18,7 @@ from torch import Tensor
 from fewer.ragged import Block, Part, runs
 
 BLOCK_CELLS = 1 << 23
-"""Most logits held at once (32 MB of float32)."""
+"""Most numbers of a product held at once (32 MB of float32): the bound on what attention and scores add to the peak."""
 
 
 def attend(

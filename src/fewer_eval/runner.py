@@ -127,7 +127,9 @@ class _Bench:
             fits.check(case.method, model)
         self.watch = watching([case.method for case in self.together])
         self.kept: dict[str, list[list[int]]] = {}
-        self.notes: dict[str, None] = {}
+        going = sorted({case.name for case in cases if getattr(case.method, "when", "prefill") != "prefill"})
+        said = f"{', '.join(going)}: published to go on while decoding; here all compress once, after the prompt"
+        self.notes: dict[str, None] = dict.fromkeys([said] * bool(going))
         self.decode_ms: dict[str, float] = {}
         self.reference: dict[Question, list[int]] = {}
         self.full: dict[Question, tuple[str, float]] = {}
