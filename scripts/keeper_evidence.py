@@ -21,6 +21,7 @@ import torch
 
 import fewer
 from fewer import fit as fits
+from fewer.methods.any.uniform import Uniform
 from fewer.models import load
 from fewer.prompts.source import Ranking, Source
 from fewer.score.keepers import Keeper, classifier
@@ -78,6 +79,11 @@ def probabilities(keeper: Keeper, text: str) -> np.ndarray:
     return Source((text,)).spread(words(text), [offsets], [p])
 
 
+def uniform(text: str) -> np.ndarray:
+    """Words worth more the sooner evenly spaced words come to them."""
+    return Uniform().rank(Source((text,)), None).value
+
+
 def agreement(scores: list[np.ndarray], labels: list[np.ndarray], border: float | None) -> dict[str, float]:
     """How well scores agree with labels above a half: the best 40 % of each text stay, or those above the border."""
     said = [s >= np.quantile(s, 0.6) if border is None else s > border for s in scores]
@@ -133,7 +139,9 @@ def main() -> None:
         return np.array([-np.log((seen[text[s.start : s.end].casefold()] + 0.5) / total) for s in words(text)])
 
     rng = np.random.default_rng(0)
-    scorers: dict[str, Any] = {"random": lambda text: rng.random(len(words(text))), "rare words": rare}
+    scorers: dict[str, Any] = {
+        "random": lambda text: rng.random(len(words(text))), "uniform": uniform, "rare words": rare,
+    }  # fmt: skip
     losses: dict[str, Any] = {}
     for name, recipe in RECIPES.items():
         start = perf_counter()
