@@ -4,8 +4,8 @@
     save(fit, path)    load(path, name) -> Fit           safetensors, with a checksum over all of it
     Name.load(path)                                      the method with that fit: a field `fit: Fit | None`
 
-A method, or a need of it, that has such a field is refused by its host where the field is None or the fit is of
-another model (`check`).
+A method, one inside it, or a need of either, that has such a field is refused by its host where the field is None or
+the fit is of another model (`check`).
 """
 
 import json
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fewer import files
+from fewer.inner import inside
 from fewer.types import FewerError
 
 FORMAT = "fewer-fit"
@@ -114,9 +115,11 @@ def wants(thing: object) -> bool:
 
 
 def check(method: Any, model: nn.Module) -> None:
-    """Raise `FewerError` if the method, or one of its needs, has no fit where it wants one, or another model's."""
-    name, ours = type(method).__name__, None
-    for thing in (method, *method.needs):
+    """Raise `FewerError` if the method, one inside it, or one of their needs, has no fit where it wants one, or another
+    model's."""
+    ours = None
+    wanting = [(type(each).__name__, thing) for each in inside(method) for thing in (each, *each.needs)]
+    for name, thing in wanting:
         fit = getattr(thing, "fit", None)
         if not isinstance(fit, Fit):
             if not wants(thing):

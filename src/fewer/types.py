@@ -52,7 +52,8 @@ class Budget:
     """How much may stay, always what is KEPT.
 
     A fraction in (0, 1] of the tokens seen so far, a count of tokens a head (an integer from 2 on; 1 and 1.0 both mean
-    everything), or bytes for all layers that are compressed, with their metadata ("64MB", "1.5GiB").
+    everything), or bytes for all layers that are compressed, with their metadata and the signals that wait in them for
+    the next decoding step ("64MB", "1.5GiB").
 
     The only rounding rules of the library live here: a fraction keeps `ceil(keep * seen)` tokens, bytes are a ceiling,
     and totals that must be split are split by largest remainder (`split`), so that they add up exactly.
@@ -114,7 +115,7 @@ class Budget:
         if self.size < cost(1):
             raise BudgetError(
                 f"keep={self.keep!r} is below the {cost(1):,} bytes that a single token takes in this cache "
-                f"(all layers, heads and batch rows); ask for at least that"
+                f"(all layers, heads and batch rows, and what is held beside tokens); ask for at least that"
             )
         low, high = 1, 2
         while cost(high) <= self.size:

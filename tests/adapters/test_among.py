@@ -15,6 +15,7 @@ from fewer.methods.any.uniform import Uniform
 from fewer.methods.kv.zipvl import ZipVL
 from fewer.types import FewerError, FewerWarning, Plan, Tokens, UnsupportedModel
 from tests.adapters.common import FAMILIES, cached, turns, untouched
+from tests.adapters.emulate import assert_close
 from tests.adapters.test_batches import batch
 from tests.tiny import prompt, tiny
 
@@ -120,6 +121,29 @@ def test_zipvl_reads_a_prompt_among_its_important_tokens() -> None:
         with fewer.Cache(model, method, 1.0) as cache:
             logits = model(ids, past_key_values=cache).logits
         assert bool(logits.isfinite().all()) and torch.allclose(logits, plain, atol=1e-3) is same, method
+
+
+@pytest.mark.filterwarnings("ignore:layers keep fewer tokens than allowed")
+@pytest.mark.parametrize("variant", ["quantise", "drop"])
+def test_a_first_chunk_in_which_a_row_is_all_padding(variant: Any) -> None:
+    """Nobody of that row takes part, and the other row reads its chunk as it does alone."""
+    model, method = tiny("llama"), ZipVL(variant=variant)
+    ids, real = prompt(48, rows=2), torch.ones(2, 48, dtype=torch.long)
+    real[1, :20] = 0
+    keep, logits = 1.0 if variant == "quantise" else 0.99, []
+    for rows in (slice(None), slice(1)):
+        with fewer.Cache(model, method, keep) as cache:
+            for at in (slice(0, 16), slice(16, 32), slice(32, 48)):
+                given = {
+                    "attention_mask": real[rows, : at.stop],
+                    "position_ids": (real.cumsum(1) - 1).clamp(0)[rows, at],
+                }
+                out = model(ids[rows, at], past_key_values=cache, **given).logits
+            logits.append(out[:1])
+            counts = cache.report.layers[0].kept
+        if len(out) == 2:
+            assert bool(out.isfinite().all()) and max(counts[1]) <= 28
+    assert_close(*logits)
 
 
 def test_bad_use_is_refused() -> None:

@@ -9,12 +9,13 @@ from torch import Tensor
 
 import fewer
 from fewer.methods.kv.adakv import AdaKV
+from fewer.methods.kv.gear import GEAR
 from fewer.methods.kv.h2o import H2O
 from fewer.methods.kv.kivi import KIVI
 from fewer.methods.kv.pyramidkv import PyramidKV
 from fewer.methods.kv.snapkv import SnapKV
 from fewer.methods.kv.streaming_llm import StreamingLLM
-from fewer.types import Tokens
+from fewer.types import BudgetError, Tokens
 from tests.adapters.common import ADA, FAMILIES, MORE_METHODS, PAIRS, SNAP, cached, held, newborn, tensors_in, turns
 from tests.adapters.emulate import ours
 from tests.tiny import prompt, tiny
@@ -157,6 +158,43 @@ def test_a_budget_in_bytes_covers_the_scores_of_uneven_heads() -> None:
         counts = cache.report.layers[0].kept[0]
         assert max(counts) > 3 * min(counts)
         assert held(cache) == cache.report.bytes_kept <= 20_000
+
+
+@pytest.mark.parametrize("when", ["both", "decode"])
+@pytest.mark.parametrize("name", ["snapkv", "expected-attention", "tova", "h2o"])
+def test_a_budget_in_bytes_covers_signals_that_wait_for_decoding(name: str, when: str) -> None:
+    """Windows of queries, and their moments, are held on beside the tokens; each time a cache is cut they count."""
+    model, one = tiny("llama"), 3 * 2 * (2 * 16 * 4 + 8)
+    with fewer.Cache(model, MORE_METHODS[name], keep="60KB", when=when, every=3) as cache:
+        cached(model, cache, prompt(N))
+        if when == "both":
+            assert 60_000 - one <= cache.report.bytes_kept <= 60_000
+        for cut in range(1, 4):
+            cached(model, cache, *(prompt(1, seed=3 * cut + step) for step in range(3)))
+            assert held(cache) == cache.report.bytes_kept and 60_000 - one <= cache.report.bytes_kept <= 60_000
+        assert cache.report.metadata > 0
+
+
+def test_bytes_that_signals_alone_would_fill_are_refused() -> None:
+    model = tiny("llama")
+    with (
+        fewer.Cache(model, SNAP, keep="6KB", when="both") as cache,
+        pytest.raises(BudgetError, match=r"bytes that a single token takes in this cache \(all .* beside tokens\)"),
+    ):
+        cached(model, cache, prompt(N))
+
+
+@pytest.mark.filterwarnings("ignore:.*leaves next to no room")
+@pytest.mark.parametrize("size", [45_000, 60_000, 62_000])
+@pytest.mark.parametrize("name", ["knorm", "adakv", "kvzip"])
+def test_a_budget_in_bytes_covers_what_each_chunk_is_packed_with(name: str, size: int) -> None:
+    """GEAR's corrections are one for each head and forward."""
+    model = tiny("llama")
+    with fewer.Cache(model, name, keep=f"{size}B", store=GEAR(group=8, block=16, rank=4)) as cache:
+        for start in range(0, 384, 128):
+            cached(model, cache, prompt(384)[:, start : start + 128])
+            assert held(cache) == cache.report.bytes_kept <= size
+        assert cache.report.bytes_kept > 0.9 * size
 
 
 def test_a_budget_in_bytes_is_shared_by_the_rows() -> None:

@@ -318,9 +318,18 @@ def test_training_is_refused() -> None:
         cached(model, cache, prompt(40), prompt(1))
 
 
-def test_models_too_shallow_to_choose_read_everything() -> None:
-    model = tiny("llama", num_hidden_layers=2)
-    with fewer.compress(model, "tidaldecode") as run:
-        got = model.generate(prompt(40), **GREEDY)
-        assert run.report.read == 1.0
-    assert torch.equal(got, model.generate(prompt(40), **GREEDY))
+@pytest.mark.parametrize("layers", [2, 3])
+def test_models_too_shallow_to_choose_are_refused(layers: int) -> None:
+    """With start=2 no layer is left to read what layer 2 would choose."""
+    refused(tiny("llama", num_hidden_layers=layers), FewerError, f"this model has {layers} layers", "tidaldecode", 1.0)
+    with fewer.compress(tiny("llama", num_hidden_layers=layers), TidalDecode(top_k=6, start=0, correction=0)):
+        pass
+
+
+def test_rows_that_read_less_are_not_stacked() -> None:
+    """In a batch they would read everything, and say nothing of it."""
+    model = deep("llama")
+    with fewer.Cache(model, "full", 1.0) as cache:
+        cached(model, cache, prompt(40))
+        with pytest.raises(FewerError, match="stack: TidalDecode reads part of what it holds"):
+            fewer.Cache.stack([cache.fork(), cache.under(TIDAL, 1.0)])

@@ -1,5 +1,6 @@
 """Saved caches: as they were, with their method and positions, and refused when they are not what they say."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,15 @@ def saved(tmp_path: Path) -> Path:
         model(prompt(40), past_key_values=cache)
         cache.save(tmp_path / "cache")
     return tmp_path / "cache"
+
+
+def test_files_from_before_an_attribute_was_renamed_are_read(saved: Path) -> None:
+    """What marks the padding among a layer's latest tokens is under its first name in them."""
+    from fewer import files
+
+    head, _ = files.read(saved, "fewer-cache", "1", "saved cache")
+    state = json.loads(head["cache"])["layers"][0]["state"]
+    assert "hidden" in state and "padding" not in state
 
 
 def test_a_truncated_file_is_refused(saved: Path) -> None:

@@ -320,6 +320,25 @@ def test_only_visual_entries_leave_the_cache() -> None:
 
 
 @torch.no_grad()
+def test_a_cache_that_waits_for_decoding_takes_in_what_went_on() -> None:
+    """It is not cut when the prompt was read: what follows goes on from tokens that have gaps between them."""
+    case = vlms.llava()
+    inputs, after = case.inputs([2, 1]), {"do_sample": False, "max_new_tokens": 4, "eos_token_id": None}
+    with fewer.compress(case.model, "fastv", keep=0.25) as run:
+        whole = case.model.generate(**inputs, **after)
+        want = [layer.kept for layer in run.report.cache.layers]
+    for every in (64, 2):
+        with fewer.Cache(case.model, "h2o", 30, when="decode", every=every) as mine:
+            with fewer.compress(case.model, "fastv", keep=0.25):
+                got = case.model.generate(**inputs, **after, past_key_values=mine)
+            kept = [layer.kept for layer in mine.report.layers]
+        if every == 64:
+            assert torch.equal(got, whole) and kept == want, "nothing was due yet"
+        else:
+            assert max(count for layer in kept for row in layer for count in row) == 31
+
+
+@torch.no_grad()
 def test_only_visual_keeps_text_bit_by_bit() -> None:
     case = vlms.llava()
     inputs = case.inputs([1])
@@ -400,6 +419,16 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"method": "snapkv", "per": "picture"}, FewerError, "add only='visual'"),
     ({"schedule": "linear"}, FewerError, "means nothing for visual tokens"),
     ({"when": "decode"}, FewerError, "cache's method"),
+    (
+        {"method": ["fastv", "h2o"], "when": "decode"},
+        FewerError,
+        "when='decode': visual entries of a cache are cut once",
+    ),
+    (
+        {"method": "h2o", "only": "visual", "when": "both"},
+        FewerError,
+        "when='both': visual entries of a cache are cut once",
+    ),
 ]
 
 

@@ -404,5 +404,7 @@ def test_refusals() -> None:
         case.model(**inputs)
     with fewer.compress(case.model, "dycoke", keep=0.5):
         fork = case.model(**inputs).past_key_values.fork()
+        with pytest.raises(FewerError, match="stack: a cache that knows which of its tokens are visual"):
+            fewer.Cache.stack([fork, fork])
         with pytest.raises(FewerError, match="which entries of this cache are visual is not known"):
             case.model(input_ids=torch.tensor([[5]]), past_key_values=fork)

@@ -44,8 +44,12 @@ STORES: dict[str, Any] = {
 }
 EVERY_KIND = ("snapkv", "adakv", "streaming-llm", "razorattention", "fastkv", "pyramidkv")
 """Methods that differ in what a store sees: even and uneven heads, layers, moved keys, masses, fewer tokens."""
-SPREAD: dict[str, Any] = {"kivi": KIVI(group=16, residual=32), "gear": GEAR(group=16, rank=2, block=32)}
-"""Methods whose own settings do not fit tiny heads."""
+SPREAD: dict[str, Any] = {
+    "kivi": KIVI(group=16, residual=32),
+    "gear": GEAR(group=16, rank=2, block=32),
+    "tidaldecode": TidalDecode(start=0, correction=1),
+}
+"""Methods whose own settings do not fit tiny heads, or few layers."""
 
 
 @cache

@@ -11,9 +11,12 @@ import torch
 
 import fewer
 from fewer import files
+from fewer.adapters.vlm_cache import OnlyVisual
 from fewer.fit import FORMAT, Fit, check, fingerprint, load, save, wants
 from fewer.methods.any.full import Full
 from fewer.methods.kv.adakv import AdaKV
+from fewer.methods.kv.criticalkv import CriticalKV
+from fewer.methods.kv.merge_evict import MergeEvict
 from fewer.types import FewerError
 from tests.tiny import prompt, tiny
 
@@ -171,7 +174,12 @@ def test_a_method_is_bound_to_the_model_of_its_fit() -> None:
     for other in (Fitted(some()), Inside(needs=frozenset({Need(some())}))):
         with pytest.raises(FewerError, match="was fitted to another model"), fewer.compress(model, other, 0.5):
             pass
-    for other in (Fitted(), Inside(), AdaKV(Inside())):
+    for other in (AdaKV(Fitted(some())), CriticalKV(AdaKV(Fitted(some()))), MergeEvict(Fitted(some()))):
+        with pytest.raises(FewerError, match=r"^Fitted was fitted to another"), fewer.compress(model, other, 0.5):
+            pass
+        with pytest.raises(FewerError, match=r"^Fitted was fitted to another"), fewer.compress(model, other, [0.5] * 3):
+            pass
+    for other in (Fitted(), Inside(), AdaKV(Inside()), AdaKV(Fitted()), OnlyVisual(Fitted())):
         with pytest.raises(FewerError, match="has to be fitted to the model first"), fewer.compress(model, other, 0.5):
             pass
 

@@ -22,6 +22,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fewer import fit
+from fewer.adapters import hf_read
 from fewer.adapters.encoder_blocks import HOSTS
 from fewer.adapters.hf_rotary import HostRotary, find, multimodal
 from fewer.signals import ROTARY_NEEDS, Projection
@@ -128,8 +129,11 @@ class Host:
         return [type(layer) is DynamicLayer for layer in self.layers()]
 
     def gives(self, method: Method) -> None:
-        """Raise `MissingSignal` if the method needs what this model does not have, `FewerError` if it is not fitted."""
+        """Raise `MissingSignal` if the method needs what this model does not have, `FewerError` if it is not fitted or
+        would do nothing."""
         fit.check(method, self.model)
+        if getattr(method, "reads", None) is not None:
+            hf_read.check(method, sum(self.plain_layers()))
         if getattr(method, "shortens", None) is not None:
             from fewer.adapters import hf_shorten  # which builds on this file
 

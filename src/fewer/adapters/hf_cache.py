@@ -16,9 +16,9 @@ from weakref import WeakSet, finalize
 import torch
 from transformers import PreTrainedModel, cache_utils
 
-from fewer.adapters import hf_save, hf_shorten
+from fewer.adapters import hf_save, hf_shorten, vlm_read
 from fewer.adapters.hf_bind import Host
-from fewer.adapters.hf_decide import compress
+from fewer.adapters.hf_decide import decide
 from fewer.adapters.hf_layer import Layer
 from fewer.adapters.hf_policy import Policy, Shared
 from fewer.allocate.levels import Levels, levelled
@@ -167,7 +167,7 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         """Compress what waits for the end of a forward."""
         members = self.shared.members
         if due := members[-1].due:
-            compress(members, members, due)
+            decide(members, members, due)
             self.shared.forget()
 
     def freeze(self) -> None:
@@ -228,7 +228,7 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         for one, two in (
             [(mine, theirs)] if policy.together else [([a], [b]) for a, b in zip(mine, theirs, strict=True)]
         ):
-            compress(one, two, "prefill")
+            decide(one, two, "prefill")
         for source, target in zip(mine, theirs, strict=True):
             target.seconds += sum(source.watched.get(need, 0.0) for need in policy.method.needs)
         other.shared.frozen = True
@@ -252,6 +252,12 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         first = caches[0]
         if len({cache.get_seq_length() for cache in caches}) != 1:
             raise FewerError("stack: the caches have seen different numbers of tokens")
+        for cache in caches:
+            name = type(cache.shared.policy.method).__name__
+            if getattr(cache.shared.policy.method, "reads", None) is not None:
+                raise FewerError(f"stack: {name} reads part of what it holds, and rows of one batch are read alike")
+            if cache.shared.cutter is not None or vlm_read.found(cache.shared.members[0]) is not None:
+                raise FewerError("stack: a cache that knows which of its tokens are visual cannot share a batch")
         policy = Policy.of(resolve("full"), Budget.parse(1.0), "prefill", 1)
         both = Cache.within(first.shared.host, policy)
         both.shared.frozen = True

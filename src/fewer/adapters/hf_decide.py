@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def compress(sources: "Sequence[Layer]", targets: "Sequence[Layer]", phase: Phase) -> None:
+def decide(sources: "Sequence[Layer]", targets: "Sequence[Layer]", phase: Phase) -> None:
     """Decide for what the sources hold, together, by the targets' policy, and have the targets hold what is left.
 
     They are the same layers, or the targets are copies that another policy is tried on.
@@ -30,7 +30,9 @@ def compress(sources: "Sequence[Layer]", targets: "Sequence[Layer]", phase: Phas
         layer.due = phase
     if not policy.idle:
         start = sources[0]._clock()
-        budget = policy.budget.within(sources[0].cost(policy))
+        beside = sum(source.beside(policy) for source in sources) * sources[0].shared.layers // len(sources)
+        cost = sources[0].cost(policy, beside)
+        budget = policy.budget.within(cost)
         looked = [source.look(policy.method, phase) for source in sources]
         rated = [rate(policy.method, tokens) for tokens, _, _ in looked]
         every: dict[type, Any] = {EveryLayer: LayerScores(tuple(rated))}
@@ -40,8 +42,9 @@ def compress(sources: "Sequence[Layer]", targets: "Sequence[Layer]", phase: Phas
             plans = [settle(policy.method, budget, *one, check=False) for one in zip(known, rated, strict=True)]
             return [count for plan in plans for count in plan.counts.flatten().tolist()]
 
-        budget = sources[0].fill(policy, budget, counts)
-        _room(policy, budget, rated, sources[0].cost(policy))
+        packed = [count for source in sources for count in source.packed_counts]
+        budget = sources[0].fill(policy, budget, counts, packed, beside)
+        _room(policy, budget, rated, cost)
         for target, tokens, (_, dense, order), scores in zip(targets, known, looked, rated, strict=True):
             plan = settle(policy.method, budget, tokens, scores)
             if target.coded:
@@ -76,7 +79,7 @@ def _room(policy: Policy, budget: Budget, rated: Sequence[Tensor], cost: Callabl
 
 def _crowded(layer: "Layer", stay: int, there: int) -> None:
     """Say so where what was packed in earlier forwards, and stays, leaves little room to what came since."""
-    packed = sum(count for part in layer.coded for row in part.counts for count in row)
+    packed = sum(layer.packed_counts)
     new, share = there - packed, stay / (sum(layer.real) * layer.keys.shape[1])
     if not new or stay - packed >= share / 4 * new:
         return

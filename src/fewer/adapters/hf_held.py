@@ -21,7 +21,7 @@ from fewer.adapters.hf_policy import Shared
 from fewer.codec import joined
 from fewer.ragged import Dense, Part, Ragged
 from fewer.report import LayerReport
-from fewer.signals import Observer
+from fewer.signals import Observer, marked_last
 from fewer.types import Budget, FewerError, Phase, Plan, UnsupportedModel
 
 H = TypeVar("H", bound="Held")
@@ -45,7 +45,7 @@ class Held(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.is_initialized = False
         self.coded: tuple[Part, ...] = ()
         self.kept: Ragged | None = None
-        self.hidden: Tensor | None = None  # (b, t): padding in the tail
+        self.padding: Tensor | None = None  # (b, t): padding in the tail
         self.positions: Tensor | None = None  # (b, t): of the tail, until it is packed, where tokens are missing in it
         self.length = 0  # columns so far, padding included: what the model counts
         self.real: list[int] = []  # real tokens of each row so far
@@ -74,16 +74,16 @@ class Held(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
     def _tail(self) -> tuple[Tensor, Tensor]:
         """Positions of the tail's tokens among each row's real ones, -1 for padding, and which are padding (b, t)."""
         b, t = self.keys.shape[0], self.keys.shape[2]
-        hidden = self.hidden
-        if hidden is None:
-            hidden = torch.zeros(b, t, dtype=torch.bool, device=self.device)
-        return self._places(hidden) if self.positions is None else self.positions, hidden
+        padding = self.padding
+        if padding is None:
+            padding = torch.zeros(b, t, dtype=torch.bool, device=self.device)
+        return self._places(padding) if self.positions is None else self.positions, padding
 
-    def _places(self, hidden: Tensor) -> Tensor:
+    def _places(self, padding: Tensor) -> Tensor:
         """Positions of a tail without gaps, counted backwards from the row's last real token, since what came before
         the tail may have been dropped."""
         real = torch.tensor(self.real, device=self.device).unsqueeze(1)
-        return (real - (~hidden).flip(1).cumsum(1).flip(1)).masked_fill(hidden, -1)
+        return (real - (~padding).flip(1).cumsum(1).flip(1)).masked_fill(padding, -1)
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -93,8 +93,8 @@ class Held(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
     def _dense(self, *, unpack: bool = True) -> Dense:
         """Everything held, as one rectangle in storage order: coded (unless that is not to be unpacked), kept, tail."""
         b, h, t = self.keys.shape[:3]
-        positions, hidden = (part.unsqueeze(1).expand(b, h, t) for part in self._tail())
-        tail = Dense(self.keys, self.values, positions, positions, hidden)
+        positions, padding = (part.unsqueeze(1).expand(b, h, t) for part in self._tail())
+        tail = Dense(self.keys, self.values, positions, positions, padding)
         parts = self.parts if unpack else self.parts[len(self.coded) :]
         return Dense.join([*(part.read().dense() for part in parts), tail])
 
@@ -106,6 +106,12 @@ class Held(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
     def fixed(self) -> int:
         """Columns that are held packed, and stay."""
         return sum(max(max(row) for row in part.counts) for part in self.coded)
+
+    @property
+    def packed_counts(self) -> list[int]:
+        """Tokens that each row and head holds in fewer bits."""
+        each = [[count for row in part.counts for count in row] for part in self.coded]
+        return [sum(counts) for counts in zip(*each, strict=True)]
 
     def _coded_columns(self) -> list[Tensor]:
         """The columns `(b, h, columns)` of each part that is held packed, -1 where a head has fewer than others."""
@@ -190,18 +196,18 @@ class Held(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
             layout.append(_right_aligned(came.masked_fill(~plain, -1)))
         # empty tensors of their own: a slice would hold the whole prompt's keys
         self.keys, self.values = self.keys[:, :, :0].clone(), self.values[:, :, :0].clone()
-        self.hidden = self.positions = None
+        self.padding = self.positions = None
         self._weigh()
         return torch.cat(layout, -1)
 
     @torch.no_grad()
     def _pack(self, phase: Phase) -> None:
-        """Hold what fills a block in fewer bits, between two compressions."""
+        """Hold what fills a block in fewer bits, between two compressions; and a tail that tokens are missing in, whose
+        positions the next tokens could not go on from."""
         stores = self.shared.policy.stores
         # where tokens are dropped, a later turn may have to drop these too, and could not if they were packed
-        if not self.shared.policy.budget.whole:
-            return
-        if len(stores) > 1 or stores[0] is None or self.keys.shape[2] < stores[0].block:
+        store = stores[0] if len(stores) == 1 and self.shared.policy.budget.whole else None
+        if self.positions is None and (store is None or self.keys.shape[2] < store.block):
             return
         start = self._clock()
         self.due = phase
@@ -247,7 +253,7 @@ class Held(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
             raise FewerError(
                 f"crop({tokens}): of a batch with padding only the {tail} tokens since the last compression can go"
             )
-        lost = [gone] * len(self.real) if self.hidden is None else (~self.hidden[:, -gone:]).sum(1).tolist()
+        lost = [gone] * len(self.real) if self.padding is None else (~self.padding[:, -gone:]).sum(1).tolist()
         left = torch.tensor([real - count for real, count in zip(self.real, lost, strict=True)], device=self.device)
         dense = self._dense()
         if gone > tail:  # into what was packed
@@ -261,7 +267,7 @@ class Held(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
             b, h, n = dense.positions.shape
             index = torch.arange(n - gone, device=self.device).expand(b, h, n - gone)
             self.keys, self.values = self.keys[:, :, : tail - gone].clone(), self.values[:, :, : tail - gone].clone()
-            self.hidden = None if self.hidden is None else self.hidden[:, : tail - gone].clone()
+            self.padding = None if self.padding is None else self.padding[:, : tail - gone].clone()
         self.real, self.length = left.tolist(), self.length - gone
         for observer in self.observers.values():
             observer.regather(index)
@@ -273,7 +279,7 @@ class Held(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.keys, self.values = self.keys[at], self.values[at]
         self.kept = None if self.kept is None else self.kept.rows(rows)
         self.coded = tuple(part.rows(rows) for part in self.coded)
-        self.hidden = None if self.hidden is None else self.hidden[at]
+        self.padding = None if self.padding is None else self.padding[at]
         self.real = [self.real[row] for row in rows]
         self.asked = tuple(self.asked[row] for row in rows) if self.asked else ()
         for observer in self.observers.values():
@@ -291,7 +297,7 @@ class Held(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
     def stack(parts: "list[H]", shared: Shared) -> H:
         """The rows of several layers of one length as one batch, everything packed."""
         one = parts[0].fork(shared)
-        one.asked, one.hidden, one.coded = (), None, ()
+        one.asked, one.padding, one.coded = (), None, ()
         one.kept = Ragged.stack([part.packed() for part in parts])
         one.real = [real for part in parts for real in part.real]
         h = one.keys.shape[1]
@@ -310,14 +316,14 @@ class Held(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
         if not self.is_initialized:
             return LayerReport(self.index, state, (), (), (), 0, 0, 0, 0.0)
         b, h, t, d = self.keys.shape
-        tail = [t] * b if self.hidden is None else (~self.hidden).sum(1).tolist()
+        tail = [t] * b if self.padding is None else (~self.padding).sum(1).tolist()
         counts = [part.counts for part in self.parts]
         kept = tuple(
             tuple(sum(count[row][head] for count in counts) + tail[row] for head in range(h)) for row in range(b)
         )
         entry = (d + self.values.shape[-1]) * self.keys.element_size()
         metadata = sum(observer.nbytes for observer in self.observers.values())
-        metadata += 0 if self.hidden is None else self.hidden.nbytes
+        metadata += 0 if self.padding is None else self.padding.nbytes
         metadata += sum(part.metadata for part in self.parts)
         data = self.keys.nbytes + self.values.nbytes + sum(part.nbytes - part.metadata for part in self.parts)
         return LayerReport(
@@ -346,6 +352,5 @@ class Held(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
 def _right_aligned(columns: Tensor) -> Tensor:
     """The same columns with the empty ones (-1) first, as `Ragged.dense` lays them out, and no wider than needed."""
     there = columns >= 0
-    order = there.to(torch.int8).argsort(dim=-1, stable=True)
     widest = int(there.sum(-1).max()) if there.numel() else 0
-    return columns.gather(-1, order)[..., columns.shape[-1] - widest :]
+    return columns.gather(-1, marked_last(there))[..., columns.shape[-1] - widest :]

@@ -2,7 +2,8 @@
 
 model forward -> Layer.update (stores, marks) -> attention function -> Layer.attend
                                                  attends, shows observers, and when the policy says so:
-                                                 Tokens -> step() -> Plan -> Parts (packed, the rest is freed)
+                                                 decide(): Tokens -> rate() -> settle() -> Plan -> Parts (packed,
+                                                 the rest is freed)
 """
 
 from collections.abc import Callable
@@ -14,13 +15,13 @@ from torch import Tensor
 from fewer import attention
 from fewer.adapters.hf_among import attend_among, takes_part
 from fewer.adapters.hf_bind import MARK
-from fewer.adapters.hf_decide import compress
+from fewer.adapters.hf_decide import decide
 from fewer.adapters.hf_held import Held
 from fewer.adapters.hf_passed import Passed
 from fewer.adapters.hf_policy import Policy
 from fewer.adapters.hf_read import read
 from fewer.adapters.hf_shorten import pass_on
-from fewer.codec import unpacked
+from fewer.codec import Coded, unpacked
 from fewer.ragged import Dense, runs
 from fewer.signals import Step
 from fewer.signals.visual import VisualEntries
@@ -143,9 +144,9 @@ class Layer(Held):  # type: ignore[no-untyped-call]
                 self.since = 0
                 self.due = phase
                 if not policy.together:
-                    compress([self], [self], phase)
+                    decide([self], [self], phase)
                 elif last and not policy.probes:  # probing has to wait for the end of the forward
-                    compress(shared.members, shared.members, phase)
+                    decide(shared.members, shared.members, phase)
         if not self.due and not shared.frozen:
             self._pack(phase)
         if last:
@@ -188,13 +189,13 @@ class Layer(Held):  # type: ignore[no-untyped-call]
     def _count(self, new: Tensor | None, b: int, q: int) -> None:
         """Take q new tokens into the books; `new` marks the padding among them."""
         self.length += q
-        if new is None and self.hidden is None:
+        if new is None and self.padding is None:
             self.real = [real + q for real in self.real]
             return
         old = torch.zeros(b, self.keys.shape[2] - q, dtype=torch.bool, device=self.device)
         new = torch.zeros(b, q, dtype=torch.bool, device=self.device) if new is None else new
-        self.hidden = torch.cat([old if self.hidden is None else self.hidden, new], dim=1)
-        self.real = [real + int(count) for real, count in zip(self.real, (~new).sum(1), strict=True)]
+        self.padding = torch.cat([old if self.padding is None else self.padding, new], dim=1)
+        self.real = [real + count for real, count in zip(self.real, (~new).sum(1).tolist(), strict=True)]
 
     def _count_passed(self, passed: Passed, b: int, q: int) -> None:
         """Take in the tokens of a forward that went on to this layer; the others count as read, and leave gaps."""
@@ -204,11 +205,11 @@ class Layer(Held):  # type: ignore[no-untyped-call]
                 f"keep the cache that shortens the prompt attached while it is read"
             )
         old = self.keys.shape[2] - q
-        hidden = torch.zeros(b, old, dtype=torch.bool, device=self.device) if self.hidden is None else self.hidden
+        padding = torch.zeros(b, old, dtype=torch.bool, device=self.device) if self.padding is None else self.padding
         real = torch.tensor(self.real, device=self.device).unsqueeze(1)
         new = (real + passed.ranks).masked_fill(passed.padding, -1)
-        self.positions = torch.cat([self._places(hidden), new], dim=1)
-        self.hidden = torch.cat([hidden, passed.padding], dim=1)
+        self.positions = torch.cat([self._places(padding), new], dim=1)
+        self.padding = torch.cat([padding, passed.padding], dim=1)
         self.length += passed.total
         self.real = [real + count for real, count in zip(self.real, passed.new, strict=True)]
 
@@ -217,8 +218,8 @@ class Layer(Held):  # type: ignore[no-untyped-call]
     @torch.no_grad()  # a graph would hold on to everything that is dropped here
     def _observe(self, query: Tensor, scaling: float, softcap: float | None) -> None:
         q = query.shape[2]
-        positions, hidden = self._tail()
-        step = self._step(query, positions[:, -q:], hidden[:, -q:], self._dense_parts, scaling, softcap)
+        positions, padding = self._tail()
+        step = self._step(query, positions[:, -q:], padding[:, -q:], self._dense_parts, scaling, softcap)
         for need in self.shared.policy.method.needs:
             if isinstance(need, VisualEntries):  # which is not watched, but known
                 continue
@@ -230,21 +231,21 @@ class Layer(Held):  # type: ignore[no-untyped-call]
     def _probe(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, softcap: float | None) -> None:
         """Show a probing forward to the need that asked for it; its tokens are the last columns of `key`."""
         b, _, q, _ = query.shape
-        hidden = self.shared.padding(mask, b, q)
-        hidden = torch.zeros(b, q, dtype=torch.bool, device=self.device) if hidden is None else hidden
+        padding = self.shared.padding(mask, b, q)
+        padding = torch.zeros(b, q, dtype=torch.bool, device=self.device) if padding is None else padding
         real = torch.tensor(self.real, device=self.device).unsqueeze(1)
-        positions = (real + (~hidden).cumsum(1) - 1).masked_fill(hidden, -1)
+        positions = (real + (~padding).cumsum(1) - 1).masked_fill(padding, -1)
 
         def dense() -> tuple[Tensor, Tensor, Tensor]:
             held, h = self._dense(), key.shape[1]
             return (
                 torch.cat([held.keys, key[:, :, -q:]], 2),
                 torch.cat([held.positions, positions.unsqueeze(1).expand(b, h, q)], 2),
-                torch.cat([held.padding, hidden.unsqueeze(1).expand(b, h, q)], 2),
+                torch.cat([held.padding, padding.unsqueeze(1).expand(b, h, q)], 2),
             )
 
         observer: Any = self.observers[self.shared.probing]
-        observer.observe_probe(self._step(query, positions, hidden, dense, scaling, softcap))
+        observer.observe_probe(self._step(query, positions, padding, dense, scaling, softcap))
 
     def _step(
         self,
@@ -293,14 +294,32 @@ class Layer(Held):  # type: ignore[no-untyped-call]
         )
         return tokens, dense, order
 
-    def cost(self, policy: Policy) -> Callable[[int], int]:
-        """Bytes of so many tokens in all rows, heads and layers, with their metadata."""
+    def beside(self, policy: Policy) -> int:
+        """Bytes that stay beside what tokens take by themselves: signals that wait for the next decoding step, and what
+        tokens that were packed forward by forward take more than if they had been packed at once."""
+        if policy.budget.size is None:
+            return 0
+        signals = [
+            observer.nbytes
+            for need, observer in self.observers.items()
+            if need in policy.method.needs and not need.key_bytes and (observer.lasting or policy.covers("decode"))
+        ]
+        store, d, e, size = policy.stores[0], self.keys.shape[-1], self.values.shape[-1], self.keys.element_size()
+        if store is None:
+            return sum(signals)
+        coded = sum(sum(part.payload) for part in self.coded if isinstance(part, Coded))
+        return sum(signals) + coded - sum(store.bytes_for(count, d, e, size) for count in self.packed_counts)
+
+    def cost(self, policy: Policy, beside: int = 0) -> Callable[[int], int]:
+        """Bytes of so many tokens in all rows, heads and layers, with their metadata, and what stays beside them."""
         b, h, _, d = self.keys.shape
         e, size, places = self.values.shape[-1], self.keys.element_size(), b * h * self.shared.layers
-        return lambda tokens: int(places * policy.bytes_for(tokens, d, e, size))
+        return lambda tokens: int(places * policy.bytes_for(tokens, d, e, size)) + beside
 
-    def fill(self, policy: Policy, budget: Budget, counts: Callable[[Budget], list[int]]) -> Budget:
+    def fill(
+        self, policy: Policy, budget: Budget, counts: Callable[[Budget], list[int]], packed: list[int], beside: int
+    ) -> Budget:
         """More tokens than that where the bytes that were asked for have room; see `Policy.fill`."""
         b, h, _, d = self.keys.shape
         e, size, places = self.values.shape[-1], self.keys.element_size(), b * h * self.shared.layers
-        return policy.fill(budget, counts, max(self.real), d, e, size, places=places)
+        return policy.fill(budget, counts, max(self.real), d, e, size, places=places, packed=packed, beside=beside)

@@ -114,7 +114,7 @@ class Policy:
 
     def fill(
         self, budget: Budget, counts: Callable[[Budget], Sequence[int]], most: int, d: int, e: int, itemsize: int,
-        *, places: int,
+        *, places: int, packed: Sequence[int] = (), beside: int = 0,
     ) -> Budget:  # fmt: skip
         """More tokens a head than `budget`, which bytes were turned into as if all but one token of a block waited
         unpacked in every head, where what is really packed leaves room for them. At most `most`.
@@ -123,6 +123,8 @@ class Policy:
             counts: what some of the `places` heads that share the bytes would hold. Their part of the bytes is by what
                 they hold under `budget`, packed and with a block that waits; so all parts make one whole, and nobody
                 who gets no more than that takes more than its part.
+            packed: what those hold in blocks already; more blocks are packed by themselves.
+            beside: bytes that are held whatever stays.
         """
         store, size = self.stores[0], self.budget.size
         if size is None or len(self.stores) > 1 or store is None or store.block == 1:
@@ -132,13 +134,15 @@ class Policy:
             return budget
         token = store.bytes_for(block, d, e, itemsize) / block + POSITION_BYTES + self.key_bytes
         part = sum(count * token + (block - 1) * entry for count in counts(budget))
-        part *= size / (places * (certain * token + (block - 1) * entry))
+        part *= (size - beside) / (places * (certain * token + (block - 1) * entry))
+        again = 2 * store.bytes_for(block, d, e, itemsize) - store.bytes_for(2 * block, d, e, itemsize)
 
         def fits(tokens: int) -> bool:
             held = counts(replace(budget, tokens=tokens))
             wide = [max(held) + block - 1] * len(held) if len(set(held)) > 1 else held  # as signals are held
-            packed = sum(held_bytes(store, count, d, e, itemsize) + count * POSITION_BYTES for count in held)
-            return bool(packed + sum(wide) * self.key_bytes <= part)
+            taken = sum(held_bytes(store, count, d, e, itemsize) + count * POSITION_BYTES for count in held)
+            runs = sum(0 < had < count // block * block for had, count in zip(packed, held, strict=False))
+            return bool(taken + again * runs + sum(wide) * self.key_bytes <= part)
 
         if fits(most):
             return replace(budget, tokens=most)
@@ -186,7 +190,7 @@ class Shared:
     chosen: Tensor | None = None
     """The columns that each query head chose to read in the decoding step under way."""
     _mask: Any = None
-    _hidden: Tensor | None = None
+    _padding: Tensor | None = None
 
     @property
     def layers_all(self) -> int:
@@ -201,7 +205,7 @@ class Shared:
 
     def forget(self) -> None:
         """The forward is over; hold nothing of its mask and its positions."""
-        self._mask = self._hidden = self.chosen = None
+        self._mask = self._padding = self.chosen = None
         self.host.hidden.clear()
         if self.host.rotary is not None:
             self.host.rotary.forget()
@@ -217,9 +221,9 @@ class Shared:
             if mask.ndim != 4:
                 raise UnsupportedModel(f"the attention mask has shape {tuple(mask.shape)}, not (batch, heads, q, kv)")
             last = mask[:, 0, -1, -q:]
-            hidden = (~last if last.dtype == torch.bool else last < 0).expand(b, q)
-            self._mask, self._hidden = ref(mask), hidden if bool(hidden.any()) else None
-        return self._hidden
+            padding = (~last if last.dtype == torch.bool else last < 0).expand(b, q)
+            self._mask, self._padding = ref(mask), padding if bool(padding.any()) else None
+        return self._padding
 
     def phase(self, q: int, length: int) -> Phase:
         """A forward of more than one token is a prefill: a prompt, a turn, a chunk."""

@@ -11,10 +11,19 @@ import torch
 from torch import Tensor
 
 from fewer.adapters import vlm_read
-from fewer.types import UnsupportedModel
+from fewer.types import FewerError, UnsupportedModel
 
 if TYPE_CHECKING:
     from fewer.adapters.hf_layer import Layer
+
+
+def check(method: Any, layers: int) -> None:
+    """Raise if no layer, of so many, is to read less than all."""
+    if "chosen" not in map(method.reads, range(layers)):
+        raise FewerError(
+            f"{method}: this model has {layers} layers with an unbounded cache, and each would read everything; have "
+            f"an earlier one choose, such as start=0"
+        )
 
 
 def read(

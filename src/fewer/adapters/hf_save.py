@@ -26,8 +26,11 @@ from fewer.types import Budget, FewerError
 
 FORMAT, VERSION = "fewer-cache", "1"
 
-LAYER = ("keys", "values", "hidden", "coded", "kept", "length", "real", "asked", "since")
+LAYER = ("keys", "values", "padding", "coded", "kept", "length", "real", "asked", "since")
 """What a layer of ours is, but for its observers and what it shares with the others."""
+
+IN_FILE = {"padding": "hidden"}
+"""What files of this version know by another name."""
 
 SLIDING = ("keys", "values", "cumulative_length")
 """What a sliding-window layer of transformers is."""
@@ -136,7 +139,7 @@ def save(cache: Any, path: str | Path) -> None:
         names = LAYER if mine else SLIDING
         state = {}
         if layer.is_initialized:
-            state = {name: pack(getattr(layer, name), f"layer {index}.{name}") for name in names}
+            state = {IN_FILE.get(name, name): pack(getattr(layer, name), f"layer {index}.{name}") for name in names}
         if mine and layer.is_initialized:
             state["observers"] = [
                 [
@@ -181,7 +184,8 @@ def load(cache_class: Any, model: Any, path: str | Path) -> Any:
     for layer, saved in zip(cache.layers, data["layers"], strict=True):
         if not saved["state"]:
             continue
-        made = {name: unpack(value) for name, value in saved["state"].items() if name != "observers"}
+        ours = {saved: name for name, saved in IN_FILE.items()}
+        made = {ours.get(name, name): unpack(value) for name, value in saved["state"].items() if name != "observers"}
         layer.lazy_initialization(made["keys"], made["values"])
         for name, value in made.items():
             setattr(layer, name, value)

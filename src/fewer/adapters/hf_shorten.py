@@ -26,6 +26,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from fewer.adapters.hf_bind import MARK, Host
 from fewer.adapters.hf_passed import Passed
 from fewer.compress import rate
+from fewer.signals import marked_last
 from fewer.types import FewerError, UnsupportedModel
 
 if TYPE_CHECKING:
@@ -66,9 +67,9 @@ def pass_on(layer: "Layer", padding: Tensor | None, q: int) -> None:
     if bool((plan.counts == new.squeeze(1)).all()):
         return
     there = plan.survivors >= 0
-    aligned = there.to(torch.int8).argsort(dim=1, stable=True)  # what is not there first
+    aligned = marked_last(there)  # what is not there first
     there, survivors = there.gather(1, aligned), plan.survivors.gather(1, aligned).clamp(min=0)
-    columns = (~padding).to(torch.int8).argsort(dim=1, stable=True)[:, q - most :]  # (b, most), padding first
+    columns = marked_last(~padding)[:, q - most :]  # (b, most), padding first
     shared.passed = Passed(
         columns.gather(1, survivors).masked_fill(~there, -1),
         (survivors - (most - new)).masked_fill(~there, -1),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from fewer.inner import evicts
 from fewer.reduce.select import top_k
 from fewer.signals import EveryLayer
 from fewer.signals.visual import Marked, VisualEntries
@@ -18,8 +19,6 @@ from fewer.types import Allocation, Budget, FewerError, Matching, Method, Tokens
 if TYPE_CHECKING:
     from fewer.adapters.vlm_scene import Picture
     from fewer.adapters.vlm_stages import Stages
-
-OTHERWISE = ("shortens", "among", "reads", "pairs", "whole")
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class OnlyVisual:
 
     def __post_init__(self) -> None:
         name = type(self.inner).__name__
-        if any(getattr(self.inner, member, None) for member in OTHERWISE):
+        if not evicts(self.inner):
             raise FewerError(f"{name} does more to a cache than evict from it, and cannot be kept to visual entries")
         if getattr(self.inner, "when", "prefill") != "prefill":
             raise FewerError(f"{name} cuts while it decodes, and visual entries are cut once, when they were read")

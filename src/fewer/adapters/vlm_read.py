@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fewer import attention
 from fewer.ragged import Part, Ragged
+from fewer.signals import marked_last
 from fewer.signals.aside import Aside
 from fewer.types import FewerError, UnsupportedModel
 
@@ -39,15 +40,15 @@ def read(
         if layer is first:
             _begin(first)
         return None
-    found = _found(first)
-    if found is None:
+    known = found(first)
+    if known is None:
         if _asked(shared) is not None:
             raise FewerError(
                 "which entries of this cache are visual is not known, as it was forked or read without the method "
                 "that sets some aside: go on with the cache that read the prompt, or pass DyCoke(read=1.0)"
             )
         return None
-    need, state = found
+    need, state = known
     if layer.place < need.layer - 1:
         return None
     positions = _positions(layer, key.shape[2], shared.padding(mask, query.shape[0], 1))
@@ -69,7 +70,7 @@ def read(
     seen = None
     if not bool(tail.all()):
         width = max(1, int(tail.sum(1).max()))
-        at = tail.to(torch.int8).argsort(dim=1, stable=True)[:, -width:]  # what is read comes last, in its order
+        at = marked_last(tail)[:, -width:]  # what is read comes last, in its order
         key, value = (x.gather(2, at[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[-1])) for x in (key, value))
         seen = tail.gather(1, at)[:, None, None]
     mixed = attention.attend(query, parts, key, value, seen, scaling, softcap)
@@ -85,7 +86,7 @@ def _asked(shared: Any) -> Any:
     return next((need for need in asked if need is not None), None)
 
 
-def _found(first: "Layer") -> tuple[Any, Aside] | None:
+def found(first: "Layer") -> tuple[Any, Aside] | None:
     """The need and the state of a cache that is read in this way."""
     return next(((need, one) for need, one in first.observers.items() if isinstance(one, Aside)), None)
 
@@ -94,8 +95,8 @@ def _begin(first: "Layer") -> None:
     """Several tokens are read: take in which of them are visual. A loaded cache goes on as it was read."""
     shared = first.shared
     cutter: Any = shared.cutter
-    need, found = _asked(shared), _found(first)
-    if need is None and found is None:
+    need, known = _asked(shared), found(first)
+    if need is None and known is None:
         return
     if need is not None:
         if need.layer >= shared.layers:
@@ -108,20 +109,20 @@ def _begin(first: "Layer") -> None:
                 f"{need} leaves entries of a cache in full precision unread, and store=... packs them: leave the store "
                 "out, or pass DyCoke(read=1.0)"
             )
-        state = found[1] if found is not None else need.start()
+        state = known[1] if known is not None else need.start()
         others = {other: one for other, one in first.observers.items() if not isinstance(one, Aside)}
         first.observers = {**others, need: state}
-    found = _found(first)
-    assert found is not None
-    found[1].begin([] if cutter is None else cutter.books.visual, first.real)
+    known = found(first)
+    assert known is not None
+    known[1].begin([] if cutter is None else cutter.books.visual, first.real)
 
 
 def _positions(layer: "Layer", t: int, padding: Tensor | None) -> Tensor:
     """Positions `(b, t)` of the tail's tokens, the newest one included, which is not in the books yet; -1: padding."""
-    hidden = layer.hidden
-    if hidden is None:
-        hidden = torch.zeros(len(layer.real), t - 1, dtype=torch.bool, device=layer.device)
-    old = layer._places(hidden) if layer.positions is None else layer.positions
+    before = layer.padding
+    if before is None:
+        before = torch.zeros(len(layer.real), t - 1, dtype=torch.bool, device=layer.device)
+    old = layer._places(before) if layer.positions is None else layer.positions
     new = torch.tensor(layer.real, device=layer.device).unsqueeze(1)
     return torch.cat([old, new if padding is None else new.masked_fill(padding, -1)], 1)
 

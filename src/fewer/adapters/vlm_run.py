@@ -242,6 +242,10 @@ def session(model: Any, methods: Sequence[Any], asked: Asked) -> Iterator[Run]:
         )
     if caching is None and (asked.when or asked.every):
         raise FewerError("compress(when=..., every=...) are for a cache's method, and none is among the stages")
+    if asked.when not in (None, "prefill"):
+        raise FewerError(
+            f"when={asked.when!r}: visual entries of a cache are cut once, when they were read; leave it out"
+        )
     text = text_of(model.base_model)
     needs = frozenset(need for one in cutting for need in one.needs if isinstance(need, Tower))
     first = None

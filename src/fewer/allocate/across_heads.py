@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fewer.allocate.scopes import winners
 from fewer.score.position import FORCED
-from fewer.types import Allocation, Budget, Tokens
+from fewer.types import Allocation, Budget, FewerError, Tokens
 
 
 def across_heads(tokens: Tokens, scores: Float[Tensor, "b h n"], even: Allocation, floor: float) -> Allocation:
@@ -19,6 +19,11 @@ def across_heads(tokens: Tokens, scores: Float[Tensor, "b h n"], even: Allocatio
     for row in range(b):
         caps = tokens.available[row].tolist()
         share = int(even.counts[row].max())  # a head that an earlier compression left with less has a lower even count
+        if any(count < min(share, cap) for count, cap in zip(even.counts[row].tolist(), caps, strict=True)):
+            raise FewerError(
+                "a budget that is to be shared among the heads of a layer was shared among them already by the method "
+                "inside; use that one by itself"
+            )
         total = min(share * h, sum(caps))
         won = (scores[row] >= FORCED).sum(-1)  # what must stay is no contest between heads
         if (contested := total - int(won.sum())) > 0:

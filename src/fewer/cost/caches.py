@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from fewer.allocate.levels import levelled
-from fewer.cost.choosing import choosing
+from fewer.cost.choosing import choosing, fixed_bytes
 from fewer.cost.layers import Layer, Place, kept, layer, paired_bytes
 from fewer.cost.record import Cost
 from fewer.cost.sizes import Decoder
@@ -32,8 +32,13 @@ def of_cache(
         if form is not None:
             form.check(place.d, place.e)
     reads, cuts, prefill = getattr(method, "reads", None), not policy.idle, policy.covers("prefill")
+    beside = 0  # signals that wait for the next decoding step
+    if prefill and policy.covers("decode"):
+        beside = place.layers * fixed_bytes(method, sizes, rows, tokens, lives=True, dense=False)
     budget = policy.budget.within(
-        lambda count: rows * place.heads * place.layers * policy.bytes_for(count, place.d, place.e, place.itemsize)
+        lambda count: (
+            rows * place.heads * place.layers * policy.bytes_for(count, place.d, place.e, place.itemsize) + beside
+        )
     )
     after, going = place.layers - 1, tokens
     if prefill and getattr(method, "shortens", None) is not None:

@@ -10,11 +10,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fewer.attention import BLOCK_CELLS
 from fewer.signals import blank
 from fewer.types import Plan, Tokens
-
-BLOCK_CELLS = 1 << 23
-"""Most similarities held at once (32 MB of float32)."""
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fewer.attention import BLOCK_CELLS
 from fewer.signals import QueryWindow, Step, blank
-
-BLOCK_CELLS = 1 << 23
-"""Most logits held at once (32 MB of float32): the bound on what scoring adds to the peak."""
 
 
 def attention_rows(

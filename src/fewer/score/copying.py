@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fewer.score.attention import BLOCK_CELLS, attention_rows
+from fewer.attention import BLOCK_CELLS
+from fewer.score.attention import attention_rows
 from fewer.signals import Step
 from fewer.types import Allocation, Budget, Plan, Tokens
 

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fewer.score.attention import attention_rows
-from fewer.signals import BLOCK_CELLS, Observer, PerKey, Step, blank
+from fewer.signals import BLOCK_CELLS, Observer, PerKey, Step, blank, marked_last
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,12 @@ class _Repeated(PerKey):
         place = (~new).cumsum(1) - 1
         inside = ~new & (place // self.need.chunk == self.chunk)
         c = int(inside.sum(1).max())
-        columns = inside.to(torch.int8).argsort(dim=1, stable=True)[:, self.width - c :]  # (b, c), empty ones first
+        columns = marked_last(inside)[:, self.width - c :]  # (b, c), empty ones first
         there = inside.gather(1, columns)
         columns = (columns + held - self.width).unsqueeze(1).expand(b, h, c)
         sink = (positions[..., :held] < self.need.sinks) & ~padding[..., :held]
         sink[..., held - self.width :] &= ~inside.unsqueeze(1)  # no key counts twice
-        first = sink.to(torch.int8).argsort(dim=-1, stable=True)[..., max(held - self.need.sinks, 0) :]
+        first = marked_last(sink)[..., max(held - self.need.sinks, 0) :]
         last = torch.arange(held, n, device=keys.device).expand(b, h, q)
         at = torch.cat([first, columns, last], -1)  # (b, h, sinks + c + q)
         hidden = torch.cat([~sink.gather(2, first), (~there).unsqueeze(1).expand(b, h, c), padding[..., held:]], -1)

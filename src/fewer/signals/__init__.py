@@ -12,6 +12,16 @@ policy observes. The attention function sees the rotated queries of every model 
     Projection()          the layer's output projection               -> OutputWeight
     EveryLayer()          the scores of all layers, before any is cut -> LayerScores
 
+Others stand with what they are for:
+
+    visual                what surrounds a cut in a vision-language model, and which entries of its cache are visual
+    heads, aside          Heads, of an encoder's block; Dynamic, what decoding steps leave unread
+    score.surrogate       Hidden, Predicted: hidden states, and scores that are predicted from them
+    score.reconstruction  Reconstruction: what the model looks at when it repeats its prompt
+    score.copying         Copying: which heads copy
+    methods.kv.dapq       Pseudo: queries of tokens still to come
+    methods.kv.razorattention    Mass: what each kept key counts as
+
 A need may also say, as class attributes, what it takes from the host:
 
     hidden = True         `Step.hidden`, the hidden states that the layer's attention was given
@@ -24,7 +34,7 @@ from fewer.signals.model import EveryLayer, LayerScores, OutputWeight, Projectio
 from fewer.signals.moments import ChannelMaxima, Maxima, Moments, QueryMoments
 from fewer.signals.queries import ProbeQueries, Probes, Queries, QueryWindow
 from fewer.signals.received import PerKey, Received
-from fewer.signals.step import BLOCK_CELLS, Observer, Probing, Rotary, Step, blank
+from fewer.signals.step import BLOCK_CELLS, Observer, Probing, Rotary, Step, blank, marked_last
 
 ROTARY_NEEDS = (Moments, Rotation)
 """Needs that only a host with rotary positions can give."""
@@ -52,4 +62,5 @@ __all__ = [
     "Rotation",
     "Step",
     "blank",
+    "marked_last",
 ]

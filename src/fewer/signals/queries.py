@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fewer.signals.step import Observer, Step
+from fewer.signals.step import Observer, Step, marked_last
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class _QueryObserver:
             positions = torch.cat([self.window.positions, positions], dim=1)
             padding = torch.cat([self.window.padding, padding], dim=1)
         if bool(padding.any()):  # move each row's real queries to the end, keeping their order
-            order = (~padding).to(torch.int8).argsort(dim=1, stable=True)
+            order = marked_last(~padding)
             query = query.gather(2, order[:, None, :, None].expand_as(query))
             positions, padding = positions.gather(1, order), padding.gather(1, order)
         self.window = QueryWindow(
@@ -108,7 +108,7 @@ class _ProbesObserver:
 
     def observe(self, step: Step) -> None:
         q, among = step.query.shape[2], (~step.padding).sum(1)
-        order = (~step.padding).to(torch.int8).argsort(dim=1, stable=True)  # each row's real queries at the end
+        order = marked_last(~step.padding)  # each row's real queries at the end
         picked = [q - n + self._pick(n, step.place) for n in among.tolist()]
         width = max(len(row) for row in picked)
         places = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0), value=-1) for row in picked])

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -14,6 +15,15 @@ BLOCK_CELLS = 1 << 20
 def blank(x: Float[Tensor, "b h n d"], padding: Bool[Tensor, "b #h n"]) -> Float[Tensor, "b h n d"]:
     """Zeros for padding, whose features may be no numbers at all; `x` itself where there is none."""
     return x.masked_fill(padding.unsqueeze(-1), 0) if bool(padding.any()) else x
+
+
+def marked_last(marked: Bool[Tensor, "*lead n"]) -> Int[Tensor, "*lead n"]:
+    """The order in which the marked columns come last; those alike keep theirs.
+
+    >>> marked_last(torch.tensor([True, False, True, False])).tolist()
+    [1, 3, 0, 2]
+    """
+    return marked.to(torch.int8).argsort(dim=-1, stable=True)
 
 
 @runtime_checkable
@@ -33,10 +43,10 @@ class Rotary(Protocol):
 class Step:
     """One forward at one layer, as the host shows it to observers.
 
-    `dense` gives all keys of the layer, kept and new, as `(keys, positions, padding)`; it is a function because only
-    `Received` needs them. Queries are rotated; `scaling` is the factor on the logits, `softcap` the model's tanh cap.
-    `place` counts the layers that are shortened. `hidden` is there where a need asks for it; `output` gives the output
-    projection, cut into query heads, where the model has one that can be found.
+    `dense` gives all keys of the layer, kept and new, as `(keys, positions, padding)`; it is a function because few
+    needs ask for them, and they may have to be unpacked. Queries are rotated; `scaling` is the factor on the logits,
+    `softcap` the model's tanh cap. `place` counts the layers that are shortened. `hidden` is there where a need asks
+    for it; `output` gives the output projection, cut into query heads, where the model has one that can be found.
     """
 
     query: Float[Tensor, "b heads q d"]

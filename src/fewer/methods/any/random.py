@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewer import checks
 from fewer.allocate.uniform import uniform
 from fewer.prompts.source import Ranking, Source
 from fewer.reduce.select import top_k
@@ -31,6 +32,9 @@ class Random:
 
     card: ClassVar[Card] = Card(source="baseline", faithfulness="own")
     needs: ClassVar[frozenset[object]] = frozenset()
+
+    def __post_init__(self) -> None:
+        checks.counts(None, seed=self.seed)
 
     def score(self, tokens: Tokens) -> Tensor:
         b, *heads, _ = tokens.positions.shape  # an encoder's tokens are of all heads

@@ -22,6 +22,7 @@ from fewer.allocate.uniform import uniform
 from fewer.prompts.source import Ranking, Source
 from fewer.reduce.select import top_k
 from fewer.score.position import must_stay
+from fewer.signals import marked_last
 from fewer.types import Allocation, Budget, Card, Plan, Tokens
 
 
@@ -42,7 +43,7 @@ class Uniform:
         free = scores.isfinite()  # neither protected nor padding
         n, there = free.shape[-1], free.sum(-1, keepdim=True)
         wanted = (allocation.counts - (scores == torch.inf).sum(-1)).clamp(min=0).unsqueeze(-1)
-        order = free.to(torch.int8).argsort(dim=-1, stable=True)  # the free ones last, in their order
+        order = marked_last(free)  # the free ones last, in their order
         places = tokens.positions.masked_fill(~free, -1).gather(-1, order)
         step = torch.arange(max(1, int(wanted.max())), device=free.device)  # (c,)
         last, gaps = tokens.seen.view(-1, *[1] * (free.ndim - 1)) - 1, wanted - 1

@@ -13,6 +13,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from fewer import checks
 from fewer.allocate.uniform import uniform
 from fewer.reduce.select import top_k
 from fewer.score.position import latest, must_stay
@@ -38,6 +39,10 @@ class A2SF:
         differs="evicts when the policy compresses; after every token with when='both', every=1",
         slugs=("a2sf",),
     )
+
+    def __post_init__(self) -> None:
+        checks.shares(factor=self.factor)
+        checks.counts(0, recent=self.recent)
 
     @property
     def needs(self) -> frozenset[object]:

@@ -15,9 +15,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from fewer import checks
 from fewer.allocate.across_heads import across_heads
+from fewer.inner import must_evict
 from fewer.methods.kv.snapkv import SnapKV
-from fewer.reduce.select import top_k
 from fewer.types import Allocation, Budget, Card, Method, Plan, Tokens
 
 
@@ -26,7 +27,8 @@ class AdaKV:
     """Adaptive budgets over heads, around any scorer.
 
     Args:
-        scorer: any method; its scores, needs and even shares are used.
+        scorer: any method that only evicts or merges, and shares its budget among heads evenly; its needs, its scores,
+            who stays at a head, and when it acts are its own.
         floor: share of the even budget that every head is sure of.
     """
 
@@ -38,6 +40,18 @@ class AdaKV:
         faithfulness="official",
         differs="exact totals; pools before the mean over grouped query heads; the official normalize=False",
     )
+
+    def __post_init__(self) -> None:
+        checks.shares(floor=self.floor)
+        must_evict(self, self.scorer)
+
+    @property
+    def when(self) -> str:
+        return getattr(self.scorer, "when", "prefill")
+
+    @property
+    def every(self) -> int:
+        return getattr(self.scorer, "every", 64)
 
     @property
     def needs(self) -> frozenset[Any]:
@@ -51,4 +65,5 @@ class AdaKV:
         return across_heads(tokens, scores, self.scorer.allocate(tokens, scores, budget), self.floor)
 
     def reduce(self, tokens: Tokens, scores: Tensor, allocation: Allocation) -> Plan:
-        return top_k(scores, allocation)
+        plan: Plan = self.scorer.reduce(tokens, scores, allocation)
+        return plan

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fewer import checks
 from fewer.allocate.uniform import uniform
 from fewer.fit import Fit, fingerprint, load
 from fewer.reduce.select import top_k
@@ -30,9 +31,7 @@ from fewer.types import Allocation, Budget, Card, FewerError, Plan, Tokens
 
 LEAST = 32
 """Tokens that every layer is sure of, and that errors are measured at."""
-
-MOST = 3
-"""Most tokens of a layer, in averages."""
+MOST = 3  # averages that a layer holds
 
 
 def shares(errors: Sequence[float], total: int, least: int, most: int) -> list[int]:
@@ -75,6 +74,10 @@ class CompressKV:
         slugs=("compresskv",),
     )
     fits_on: ClassVar[str] = "needles"
+
+    def __post_init__(self) -> None:
+        checks.counts(window=self.window, voters=self.voters)
+        checks.odd(kernel=self.kernel)
 
     @classmethod
     def load(cls, path: str | Path, **settings: Any) -> "CompressKV":
@@ -138,8 +141,7 @@ class CompressKV:
         Args:
             model: a transformers decoder.
             contexts: needle tasks; the errors want prompts of more than 32 tokens.
-            seed: not used; nothing is drawn.
-            tick: called with what is being done and the share of all work that is done.
+            seed, tick: nothing is drawn; `tick` is called with what is being done and the share of all work done.
         """
         heads, found = head_scores(model, contexts, lambda what, share: tick(what, share / 2))
         name, notes = fingerprint(model), {"needles found": f"{found} of {len(contexts)}"}

@@ -19,14 +19,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fewer import checks
+from fewer.attention import BLOCK_CELLS
+from fewer.inner import must_evict, must_keep_the_top
 from fewer.methods.kv.snapkv import SnapKV
 from fewer.reduce.select import top_k
 from fewer.score.position import FORCED, must_stay
 from fewer.signals import OutputWeight, Projection, blank
 from fewer.types import Allocation, Budget, Card, FewerError, Method, MissingSignal, Plan, Tokens
-
-BLOCK_CELLS = 1 << 23
-"""Most projected numbers held at once (32 MB of float32)."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,14 @@ class CriticalKV:
     """Two stages around any scorer, the second by what a value is worth once it is projected.
 
     Args:
-        scorer: any method whose scores are not negative; its needs and its shares are used.
+        scorer: any method whose scores are not negative, and that keeps the highest of them; its needs and its shares
+            are used, and when it acts.
         first: share of a head's budget that goes by the scores alone.
         eps: what every score is raised by in the second stage, so that no value counts for nothing.
 
     Raises:
-        FewerError: the scorer gives negative scores, which a product with a norm would turn around.
+        FewerError: the scorer does more than keep its highest scores, or gives negative ones, which a product with a
+            norm would turn around.
         MissingSignal: the model's output projection was not found, or there are no values.
     """
 
@@ -52,6 +54,20 @@ class CriticalKV:
         faithfulness="official",
         differs="the scorer's forced tokens stay in both stages",
     )
+
+    def __post_init__(self) -> None:
+        checks.shares(first=self.first)
+        checks.numbers(eps=self.eps)
+        must_evict(self, self.scorer)
+        must_keep_the_top(self, self.scorer)
+
+    @property
+    def when(self) -> str:
+        return getattr(self.scorer, "when", "prefill")
+
+    @property
+    def every(self) -> int:
+        return getattr(self.scorer, "every", 64)
 
     @property
     def needs(self) -> frozenset[Any]:

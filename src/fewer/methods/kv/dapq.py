@@ -18,10 +18,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fewer import checks
 from fewer.allocate.uniform import uniform
 from fewer.reduce.select import top_k
 from fewer.score.attention import per_head, smooth, window_attention
-from fewer.signals import QueryWindow, Step
+from fewer.signals import QueryWindow, Step, marked_last
 from fewer.types import Allocation, Budget, Card, Plan, Tokens
 
 
@@ -50,7 +51,7 @@ class Pseudo:
     def inputs(self, ids: Int[Tensor, "b q"], real: Bool[Tensor, "b q"]) -> Iterator[tuple[Tensor, Tensor]]:
         had = real.sum(1, keepdim=True)
         if self.content == "last":
-            order = (~real).to(torch.int8).argsort(dim=1, stable=True)  # each row's real tokens come first
+            order = marked_last(~real)  # each row's real tokens come first
             at = (had - self.count + torch.arange(self.count, device=ids.device)) % had.clamp(min=1)
             said = ids.gather(1, order.gather(1, at))
         else:
@@ -112,6 +113,13 @@ class DapQ:
         "averages scores over grouped query heads",
         slugs=("dapq",),
     )
+
+    def __post_init__(self) -> None:
+        checks.counts(count=self.count)
+        checks.odd(kernel=self.kernel)
+        checks.words(("mean", "max"), pooling=self.pooling)
+        if self.content != "last":
+            checks.counts(0, content=self.content)
 
     @property
     def needs(self) -> frozenset[object]:

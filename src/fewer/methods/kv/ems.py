@@ -20,6 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fewer import checks
 from fewer.allocate.uniform import uniform
 from fewer.reduce.merge import absorb, nearest
 from fewer.reduce.select import top_k
@@ -50,6 +51,10 @@ class EMS:
         differs="written from summaries: normalisation, shares of evicting and merging, and defaults are ours",
         slugs=("ems",),
     )
+
+    def __post_init__(self) -> None:
+        checks.counts(window=self.window)
+        checks.numbers(evict=self.evict)
 
     @property
     def needs(self) -> frozenset[object]:

@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fewer import checks
 from fewer.allocate.uniform import uniform
 from fewer.reduce.select import top_k
 from fewer.score.position import must_stay
@@ -37,6 +38,11 @@ class ExpectedAttention:
     eps: float = 0.0
 
     card: ClassVar[Card] = Card(source="arXiv 2510.00636", faithfulness="official")
+
+    def __post_init__(self) -> None:
+        checks.counts(future=self.future)
+        checks.counts(0, sinks=self.sinks)
+        checks.numbers(eps=self.eps)
 
     @property
     def needs(self) -> frozenset[object]:

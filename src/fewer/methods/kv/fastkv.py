@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fewer import checks
 from fewer.allocate.uniform import uniform
 from fewer.methods.kv.snapkv import SnapKV
 from fewer.reduce.select import top_k
@@ -49,6 +50,8 @@ class FastKV:
     )
 
     def __post_init__(self) -> None:
+        checks.counts(window=self.window)
+        checks.odd(kernel=self.kernel)
         if Budget.parse(self.rate).size is not None:
             raise FewerError(f"rate={self.rate!r}: a fraction of the prompt, or a count of tokens, goes on")
 

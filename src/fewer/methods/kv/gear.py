@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fewer import checks
 from fewer.bits import check_bits, packed_bytes
 from fewer.codec import Coded, Stores, books_of
 from fewer.mended import Mended
@@ -67,6 +68,8 @@ class GEAR:
     storage: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        checks.counts(group=self.group, block=self.block)
+        checks.counts(0, rank=self.rank, rank_decode=self.rank_decode)
         check_bits(self.bits)
         if self.group < 1 or self.block < 1 or self.block % self.group:
             raise FewerError(f"block={self.block} must be a multiple of group={self.group}, both at least 1")

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from fewer import checks
 from fewer.allocate.uniform import uniform
 from fewer.reduce.select import top_k
 from fewer.score.position import must_stay
@@ -35,6 +36,9 @@ class H2O:
         differs="sums scores over grouped query heads; evicts when the policy compresses",
     )
     needs: ClassVar[frozenset[object]] = frozenset({Received()})
+
+    def __post_init__(self) -> None:
+        checks.shares(recent=self.recent)
 
     def score(self, tokens: Tokens) -> Tensor:
         return tokens.signal(Received, Tensor)

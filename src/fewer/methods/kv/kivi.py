@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fewer import checks
 from fewer.bits import Packed, check_bits, packed_bytes
 from fewer.codec import Coded, Stores, books_of
 from fewer.ragged import Counts, Ragged
@@ -56,6 +57,7 @@ class KIVI:
     storage: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        checks.counts(group=self.group, residual=self.residual)
         check_bits(self.bits)
         if self.group < 1 or self.residual < 1 or self.residual % self.group:
             raise FewerError(f"residual={self.residual} must be a multiple of group={self.group}, both at least 1")

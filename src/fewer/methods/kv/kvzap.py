@@ -8,8 +8,7 @@ Reading the prompt again is what KVzip costs; this costs one small product a lay
 
 Differs from the paper: predicts KVzip's scores, not those of KVzip+, and without an instruction to repeat; keeps to a
 budget, where the paper evicts below a threshold; the last 32 tokens stay, in the paper 128, which at a tenth of a short
-prompt would be all that stays. The heads are smaller, fitted on far less text, and linear where that predicts held-out
-text better.
+prompt would be all that stays. Heads are smaller, fitted on far less text, and linear where that predicts better.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from fewer import checks
 from fewer.allocate.across_layers import across_layers
 from fewer.allocate.uniform import uniform
 from fewer.fit import Fit, fingerprint, load
@@ -34,10 +34,8 @@ from fewer.types import Allocation, Budget, Card, FewerError, Plan, Tokens
 
 SAMPLE = 500
 """Most tokens of a context that are learned from."""
-
 FLOOR = 1e-6
 """Shares of attention below this are all alike."""
-
 SINKS = 4
 
 
@@ -61,6 +59,9 @@ class KVzap:
         training="fit",
         differs="predicts KVzip, not KVzip+; a budget, not a threshold; smaller heads, fitted on less text",
     )
+
+    def __post_init__(self) -> None:
+        checks.counts(0, window=self.window)
 
     @classmethod
     def load(cls, path: str | Path, **settings: Any) -> "KVzap":

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from fewer import checks
 from fewer.allocate.across_layers import across_layers
 from fewer.reduce.select import top_k
 from fewer.score.position import must_stay
@@ -47,6 +48,10 @@ class KVzip:
         faithfulness="official",
         differs="no instruction unless with_prompt; the first tokens are the sinks; exact totals",
     )
+
+    def __post_init__(self) -> None:
+        checks.counts(chunk=self.chunk)
+        checks.counts(0, previous=self.previous, sinks=self.sinks)
 
     @classmethod
     def with_prompt(cls, tokenizer: Any, **settings: Any) -> "KVzip":

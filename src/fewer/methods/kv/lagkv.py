@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fewer import checks
 from fewer.allocate.uniform import uniform
 from fewer.reduce.select import top_k
 from fewer.score.position import must_stay
@@ -42,6 +43,10 @@ class LagKV:
         differs="best ranks over all partitions, not as many from each; partitions are cut anew at each compression",
     )
     needs: ClassVar[frozenset[object]] = frozenset()
+
+    def __post_init__(self) -> None:
+        checks.counts(lag=self.lag)
+        checks.counts(0, sinks=self.sinks)
 
     def score(self, tokens: Tokens) -> Tensor:
         if tokens.values is None:

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fewer.inner import must_evict
 from fewer.methods.kv.h2o import H2O
 from fewer.reduce.merge import absorb, nearest
 from fewer.types import Allocation, Budget, Card, Method, Plan, Tokens, UnknownName
@@ -30,7 +31,7 @@ class MergeEvict:
     """Merging around any scorer.
 
     Args:
-        scorer: any method; who stays, and its needs, are its own.
+        scorer: any method that only evicts or merges; who stays, when, and its needs, are its own.
         how: "pivot", "average" or "weighted", the formulas above.
     """
 
@@ -45,8 +46,17 @@ class MergeEvict:
     )
 
     def __post_init__(self) -> None:
+        must_evict(self, self.scorer)
         if self.how not in ("pivot", "average", "weighted"):
             raise UnknownName(f"how={self.how!r}: merge by 'pivot', 'average' or 'weighted'")
+
+    @property
+    def when(self) -> str:
+        return getattr(self.scorer, "when", "prefill")
+
+    @property
+    def every(self) -> int:
+        return getattr(self.scorer, "every", 64)
 
     @property
     def needs(self) -> frozenset[Any]:

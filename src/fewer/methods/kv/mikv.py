@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fewer import checks
 from fewer.bits import Packed, check_bits, packed_bytes
 from fewer.codec import Stores
 from fewer.methods.kv.h2o import H2O
@@ -83,6 +84,12 @@ class MiKV:
     needs: ClassVar[frozenset[object]] = frozenset({Received(), ChannelMaxima()})
     whole: ClassVar[bool] = True
     when: ClassVar[str] = "both"
+
+    def __post_init__(self) -> None:
+        checks.shares(important=self.important, recent=self.recent)
+        for bits in (self.bits_important, self.bits_others):
+            if bits != 16:
+                check_bits(bits)
 
     @property
     def store(self) -> Stores:

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fewer import checks
 from fewer.pairs import Half, Merged, Pair
 from fewer.ragged import Part, Ragged
 from fewer.reduce.select import top_k
@@ -49,6 +50,10 @@ class MiniCache:
     )
     needs: ClassVar[frozenset[object]] = frozenset()
     whole: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        checks.shares(interpolation=self.interpolation, start=self.start)
+        checks.numbers(gamma=self.gamma)
 
     def score(self, tokens: Tokens) -> Tensor:
         return torch.zeros_like(tokens.positions, dtype=torch.float32)

@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from fewer import checks
 from fewer.allocate.by_layer import falling
 from fewer.allocate.uniform import uniform
 from fewer.methods.kv.snapkv import SnapKV
@@ -38,6 +39,11 @@ class PyramidKV:
         faithfulness="official",
         differs="exact totals by largest remainder; averages scores over grouped query heads",
     )
+
+    def __post_init__(self) -> None:
+        checks.counts(window=self.window, beta=self.beta)
+        checks.odd(kernel=self.kernel)
+        checks.words(("mean", "max"), pooling=self.pooling)
 
     @property
     def needs(self) -> frozenset[object]:

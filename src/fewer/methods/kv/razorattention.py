@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from fewer import checks
 from fewer.fit import Fit, fingerprint, load
 from fewer.reduce.select import top_k
 from fewer.score.copying import best_heads, head_scores
@@ -34,24 +35,19 @@ from fewer.types import Allocation, Budget, BudgetError, Card, FewerError, Plan,
 class Mass:
     """What each kept key counts as: nothing to gather, but 4 bytes a key that a budget in bytes must know of."""
 
-    key_bytes = 4
-    lasting = False
+    key_bytes, lasting = 4, False
     nbytes = 0  # they are held, and counted, with the keys
 
     def start(self) -> "Mass":
         return self
 
-    def observe(self, step: Step) -> None:
-        pass
+    def observe(self, step: Step) -> None: ...
 
-    def value(self) -> None:
-        pass
+    def value(self) -> None: ...
 
-    def regather(self, index: Tensor) -> None:
-        pass
+    def regather(self, index: Tensor) -> None: ...
 
-    def rows(self, index: Tensor) -> None:
-        pass
+    def rows(self, index: Tensor) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -75,6 +71,9 @@ class RazorAttention:
         slugs=("razorattention",),
     )
     needs: ClassVar[frozenset[object]] = frozenset({Mass()})
+
+    def __post_init__(self) -> None:
+        checks.counts(0, sinks=self.sinks)
 
     @classmethod
     def load(cls, path: str | Path) -> "RazorAttention":

@@ -16,10 +16,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from fewer import checks
 from fewer.allocate.by_layer import rising
 from fewer.allocate.uniform import uniform
+from fewer.attention import BLOCK_CELLS
 from fewer.reduce.select import top_k
-from fewer.score.attention import BLOCK_CELLS, attention_rows
+from fewer.score.attention import attention_rows
 from fewer.score.position import latest, must_stay
 from fewer.signals import Queries, QueryWindow, blank
 from fewer.types import Allocation, Budget, Card, Plan, Tokens
@@ -46,6 +48,10 @@ class Scissorhands:
         slugs=("scissorhands",),
     )
     when: ClassVar[str] = "both"
+
+    def __post_init__(self) -> None:
+        checks.counts(history=self.history, beta=self.beta)
+        checks.counts(0, recent=self.recent)
 
     @property
     def needs(self) -> frozenset[object]:

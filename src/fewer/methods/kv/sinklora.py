@@ -13,6 +13,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from fewer import checks
 from fewer.allocate.uniform import uniform
 from fewer.reduce.select import top_k
 from fewer.score.position import must_stay
@@ -39,6 +40,10 @@ class SinkLoRA:
         slugs=("sinklora",),
     )
     needs: ClassVar[frozenset[object]] = frozenset({Received()})
+
+    def __post_init__(self) -> None:
+        checks.counts(0, sinks=self.sinks)
+        checks.shares(recent=self.recent)
 
     def score(self, tokens: Tokens) -> Tensor:
         return must_stay(tokens.signal(Received, Tensor), tokens.positions < self.sinks)

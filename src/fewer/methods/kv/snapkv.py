@@ -13,6 +13,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from fewer import checks
 from fewer.allocate.uniform import uniform
 from fewer.reduce.select import top_k
 from fewer.score.attention import per_head, smooth, window_attention
@@ -40,6 +41,11 @@ class SnapKV:
         faithfulness="official",
         differs="averages scores over grouped query heads; budgets below the window keep its latest tokens",
     )
+
+    def __post_init__(self) -> None:
+        checks.counts(window=self.window)
+        checks.odd(kernel=self.kernel)
+        checks.words(("mean", "max"), pooling=self.pooling)
 
     @property
     def needs(self) -> frozenset[object]:

@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from fewer import checks
 from fewer.allocate.uniform import uniform
 from fewer.reduce.select import top_k
 from fewer.score.position import must_stay
@@ -39,6 +40,10 @@ class StreamingLLM:
         faithfulness="paper",
         differs="evicts when the policy compresses; after every token with when='decode', every=1",
     )
+
+    def __post_init__(self) -> None:
+        checks.counts(0, sinks=self.sinks)
+        checks.words(("cache", "original"), positions=self.positions)
 
     @property
     def needs(self) -> frozenset[object]:

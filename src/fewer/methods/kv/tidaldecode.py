@@ -17,6 +17,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from fewer import checks
 from fewer.reduce.select import top_k
 from fewer.types import Allocation, Budget, Card, FewerError, Plan, Tokens
 
@@ -46,8 +47,10 @@ class TidalDecode:
     needs: ClassVar[frozenset[object]] = frozenset()
 
     def __post_init__(self) -> None:
-        if self.top_k < 1 or not 0 <= self.start <= self.correction:
-            raise FewerError(f"{self}: at least one key is read, and layers choose anew after they chose")
+        checks.counts(top_k=self.top_k)
+        checks.counts(0, start=self.start, correction=self.correction)
+        if self.start > self.correction:
+            raise FewerError(f"{self}: layers choose anew after they chose")
 
     def score(self, tokens: Tokens) -> Tensor:
         return torch.zeros_like(tokens.positions, dtype=torch.float32)

@@ -20,6 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fewer import checks
 from fewer.allocate.uniform import uniform
 from fewer.reduce.select import top_k
 from fewer.score.attention import per_head, window_attention
@@ -50,6 +51,11 @@ class TreeKV:
     )
     when: ClassVar[str] = "both"
     every: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        checks.counts(0, sinks=self.sinks)
+        checks.counts(block=self.block)
+        checks.shares(recent=self.recent)
 
     @property
     def needs(self) -> frozenset[object]:

@@ -18,6 +18,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fewer import checks
+from fewer.bits import check_bits
 from fewer.codec import Stores
 from fewer.reduce.select import top_k
 from fewer.reduce.tiers import fresh, portion, two_tiers
@@ -54,6 +56,13 @@ class ZipCache:
     whole: ClassVar[bool] = True
     when: ClassVar[str] = "both"
     every: ClassVar[int] = 100
+
+    def __post_init__(self) -> None:
+        checks.shares(important=self.important)
+        checks.shares(some=True, probes=self.probes)
+        checks.counts(None, seed=self.seed)
+        for bits in (self.bits_important, self.bits_others):
+            check_bits(bits)
 
     @property
     def store(self) -> Stores:

@@ -21,7 +21,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from fewer import checks
 from fewer.allocate.uniform import uniform
+from fewer.bits import check_bits
 from fewer.codec import Stores
 from fewer.reduce.select import top_k
 from fewer.reduce.tiers import fresh, two_tiers
@@ -61,6 +63,13 @@ class ZipVL:
         slugs=("zipvl",),
     )
 
+    def __post_init__(self) -> None:
+        checks.shares(some=True, tau=self.tau, probes=self.probes)
+        checks.words(("quantise", "drop"), variant=self.variant)
+        checks.counts(None, seed=self.seed)
+        for bits in (self.bits_important, self.bits_others):
+            check_bits(bits)
+
     @property
     def whole(self) -> bool:
         return self.variant == "quantise"
@@ -87,8 +96,8 @@ class ZipVL:
     def reduce(self, tokens: Tokens, scores: Tensor, allocation: Allocation) -> Plan:
         if not self.whole:
             return top_k(scores, allocation)
-        needed = torch.minimum(self._needed(tokens, scores), fresh(tokens).sum(-1))
-        return two_tiers(tokens, top_k(torch.where(fresh(tokens), scores, -torch.inf), Allocation(needed)))
+        needed = Allocation(self._needed(tokens, scores))
+        return two_tiers(tokens, top_k(torch.where(fresh(tokens), scores, -torch.inf), needed))
 
     @property
     def among(self) -> Callable[[Tokens, Tensor], Plan] | None:
@@ -99,9 +108,10 @@ class ZipVL:
         return top_k(must_stay(scores, latest(tokens, 1)), Allocation(self._needed(tokens, scores)))
 
     def _needed(self, tokens: Tokens, scores: Tensor) -> Tensor:
-        """The least number of fresh tokens that hold tau of what all fresh tokens got: `(b, h)`, the same for all h."""
+        """The least number of fresh tokens that hold tau of what all fresh tokens got: `(b, h)`, the same for all h
+        that have as many."""
         got = torch.where(fresh(tokens), scores * onlookers(tokens), 0.0).double()
         held = got.sort(dim=-1, descending=True).values.mean(1).cumsum(-1)  # (b, n), by the n best of every head
         enough = self.tau * (1 - 1e-6) * held[..., -1:]  # float32 sums are no more exact than that
         least = (held < enough).sum(-1) + 1
-        return least.unsqueeze(-1).expand(scores.shape[:2])
+        return torch.minimum(least.unsqueeze(-1), fresh(tokens).sum(-1))  # a row of padding alone has none

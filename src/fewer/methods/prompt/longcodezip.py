@@ -13,10 +13,9 @@ Differs from the paper: functions and statements are found by a grammar, not by 
 is dropped is whole statements, so that the rest still parses (a block brings the frames around it, and Python's suites
 keep a statement); nothing is written where something was dropped; a document that no grammar reads goes by lines. All
 lines' surprises come from one pass over a function, where the authors read every prefix again; blank lines and
-indentation have none. Perplexities are the default model's, at token limits of `Reader` (of a longer chunk the end is
-read), in place of Qwen2.5-Coder 7B and 0.5B. The budget is tokens, not lines, and met exactly: what is left goes to the
-blocks that are worth most a token. Functions are short by their lines, never by their blocks. Blocks that help less
-than nothing are not chosen.
+indentation have none. Perplexities are the default model's, at token limits of `Reader`, in place of Qwen2.5-Coder 7B
+and 0.5B. The budget is tokens, not lines, and met exactly: what is left goes to the blocks that are worth most a token.
+Functions are short by their lines, never by their blocks. Blocks that help less than nothing are not chosen.
 """
 
 from dataclasses import dataclass
@@ -25,13 +24,14 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import regex
 
+from fewer import checks
 from fewer.allocate.knapsack import knapsack
 from fewer.prompts.code import Code, code
 from fewer.prompts.needs import closed, pulling
 from fewer.prompts.source import Bools, Floats, Ints, Ranking, Source
 from fewer.score.perplexity import by_line, peaks, perplexities
 from fewer.score.surprise import Reader, reader
-from fewer.types import Budget, BudgetError, Card, MissingSignal, UnknownName
+from fewer.types import Budget, Card, MissingSignal
 
 SPARE, SHORT, TAIL = 100, 5, 10
 """Tokens more for the choice of functions; lines below which one stays whole; lines that are asked for at the end."""
@@ -47,8 +47,7 @@ class LongCodeZip:
         fine: the share of the chosen functions' tokens that stays; the authors use 0.5 and 0.8.
         beta: how far a function's share follows its help.
         language: one that `fewer.prompts.code` knows, or "auto" for the first that reads a document.
-        instead: what is asked where there is no question: the "end" of the last document, as in code completion, or
-            the "instruction".
+        instead: what is asked without a question: the "end" of the last document, as in completion, or "instruction".
         model: the language model: a name, a pair of model and tokenizer, or a `Reader`.
     """
 
@@ -60,17 +59,15 @@ class LongCodeZip:
 
     card: ClassVar[Card] = Card(
         source="arXiv:2510.00446; YerbaPage/LongCodeZip @ 71248b7", faithfulness="paper", mechanism="extract",
-        differs="statements by a grammar, so that the result parses; lines' surprise in one pass; SmolLM2 for "
-        "Qwen2.5-Coder; an exact budget in tokens",
+        differs="statements by a grammar, so that it parses; lines' surprise in one pass; SmolLM2; an exact budget",
         slugs=("longcodezip",),
     )  # fmt: skip
     needs: ClassVar[frozenset[object]] = frozenset()
 
     def __post_init__(self) -> None:
-        if not (0 < self.fine <= 1 and 0 <= self.beta <= 1):
-            raise BudgetError(f"LongCodeZip(fine={self.fine!r}, beta={self.beta!r}): fine is in (0, 1], beta in [0, 1]")
-        if self.instead not in ("end", "instruction"):
-            raise UnknownName(f"LongCodeZip(instead={self.instead!r}): known are 'end' and 'instruction'")
+        checks.shares(some=True, fine=self.fine)
+        checks.shares(beta=self.beta)
+        checks.words(("end", "instruction"), instead=self.instead)
 
     def rank(self, source: Source, budget: Budget | None) -> Ranking:
         read, found = reader(self.model), code(source, self.language)
@@ -150,5 +147,4 @@ def _packed(source: Source, found: Code, units: Ints, block: Ints, worth: Floats
     always = closed(always, pull)
     masks = np.array([closed(mask, pull) & ~always for mask in masks])
     taken = knapsack(np.where(masks.any(1), worth, 0.0), masks @ sizes, int(room - sizes[always].sum()))
-    chosen: Bools = always | masks[taken].any(0)
-    return chosen
+    return np.asarray(always | masks[taken].any(0))

@@ -7,11 +7,11 @@
 
 Chunks that are too short to rewrite are apart: they stay as they are, or go whole.
 
-Differs from the paper: its chunking, outlier handling, dynamic ratio, order and keyword keeping were known by their
-descriptions alone; thresholds, formulas and what a keyword is are ours. The writer is the default language model, asked
-in words, or a function of yours. Its text ends with its last whole sentence that fits, and is checked: where a keyword
-is missing, or more than the chunk is written, the chunk's most relevant sentences stand instead, and a note says so;
-whether it is true is not checked. A chunk that holds something protected is shortened by sentences too.
+Differs from the paper: its chunking, outliers, ratio, order and keyword keeping were known by their descriptions alone;
+thresholds, formulas and what a keyword is are ours. The writer is the default language model, asked in words, or a
+function of yours. Its text ends with its last whole sentence that fits, and is checked, but for its truth: where a
+keyword is missing, or more than the chunk is written, the chunk's most relevant sentences stand instead, and a note
+says so. A chunk that holds something protected is shortened by sentences too.
 """
 
 from collections import Counter
@@ -22,14 +22,15 @@ from typing import Any, ClassVar
 import numpy as np
 import regex
 
+from fewer import checks
 from fewer.prompts.chunks import allowed, best, coherent, cosine
 from fewer.prompts.source import Bools, Floats, Ranking, Source, Units
 from fewer.score.embed import Embedder, embedder
 from fewer.score.rewriting import asking, finished
-from fewer.types import Budget, BudgetError, Card, FewerError
+from fewer.types import Budget, Card, FewerError
 
-SHORT = 16
-"""Tokens below which a chunk is not rewritten."""
+Count = Callable[[str], int]
+SHORT = 16  # tokens below which a chunk is not rewritten
 _WORD = regex.compile(r"[\p{L}\p{M}\p{N}]+(?:[.\-'’][\p{L}\p{M}\p{N}]+)*")
 
 
@@ -38,12 +39,10 @@ class SCOPE:
     """Chunk, rank, rewrite.
 
     Args:
-        alike: cosine from which on a sentence joins a chunk.
-        longest: tokens that a chunk may have.
+        alike, longest: cosine from which on a sentence joins a chunk, and tokens that a chunk may have.
         beta: how far a chunk's share follows its relevance.
         keywords: words of a chunk that must be in what is written; one for every eight tokens, at most.
-        rewrite: a language model's name, a pair of model and tokenizer, a `Reader`, or a function, see
-            `fewer.score.rewriting.Rewrite`.
+        rewrite: a language model (a name, a pair, a `Reader`), or a function, `fewer.score.rewriting.Rewrite`.
         model: the sentence encoder: "minilm", another name, a pair, or an `Embedder`.
     """
 
@@ -62,12 +61,9 @@ class SCOPE:
     needs: ClassVar[frozenset[object]] = frozenset()
 
     def __post_init__(self) -> None:
-        if not (-1 <= self.alike <= 1 and 0 <= self.beta <= 1):
-            raise BudgetError(f"SCOPE(alike={self.alike!r}, beta={self.beta!r}): alike is in [-1, 1], beta in [0, 1]")
-        if self.longest < 1 or self.keywords < 0:
-            raise BudgetError(
-                f"SCOPE(longest={self.longest!r}, keywords={self.keywords!r}): at least 1 token, and 0 keywords"
-            )
+        checks.shares(alike=abs(self.alike), beta=self.beta)
+        checks.counts(longest=self.longest)
+        checks.counts(0, keywords=self.keywords)
 
     def rank(self, source: Source, budget: Budget | None) -> Ranking:
         embed, sentences, count = embedder(self.model), source.sentences, source.counter.count
@@ -116,9 +112,7 @@ class SCOPE:
         order = sorted(zip(like.tolist(), found.items(), strict=True), key=lambda row: -row[0] - (row[1][0] in asked))
         return [word for _, (_, word) in order[: min(self.keywords, max(1, most // 8))]]
 
-    def _written(
-        self, text: str, words: list[str], most: int, whole: int, count: Callable[[str], int]
-    ) -> tuple[str, str]:
+    def _written(self, text: str, words: list[str], most: int, whole: int, count: Count) -> tuple[str, str]:
         """What was written, or what is wrong with it."""
         if most < 1:
             return "", "no token is left for it"
@@ -141,9 +135,8 @@ def _span(sentences: Units, run: range) -> tuple[int, int, int]:
 
 
 def _joined(
-    sentences: Units, runs: list[range], value: Floats, near: Floats, chosen: Bools, made: dict[int, str],
-    notes: tuple[str, ...],
-) -> Ranking:  # fmt: skip
+    sentences: Units, runs: list[range], value: Floats, near: Floats, chosen: Bools, made: dict[int, str], notes: Any
+) -> Ranking:
     """Units that are sentences, and in one piece the chunks that were written anew."""
     rows: list[tuple[tuple[int, int, int], float, bool]] = []
     texts: dict[int, str] = {}
