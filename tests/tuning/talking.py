@@ -14,9 +14,9 @@ from tests.front.tiny_files import save
 from tests.tiny import tiny
 
 
-def talker(folder: Path, most: int = 6, unseen: bool = False) -> Texts:
-    """A random model of three layers that reads bytes."""
-    model = tiny("llama", vocab_size=257, eos_token_id=256, pad_token_id=256)
+def talker(folder: Path, most: int = 6, unseen: bool = False, layers: int = 3) -> Texts:
+    """A random model that reads bytes."""
+    model = tiny("llama", vocab_size=257, eos_token_id=256, pad_token_id=256, num_hidden_layers=layers)
     return Texts(model, AutoTokenizer.from_pretrained(save(folder)), most=most, unseen=unseen)
 
 

@@ -105,16 +105,16 @@ def test_a_search_that_was_broken_off_goes_on(host: Texts, found: Tuned, tmp_pat
 
 def test_a_record_of_something_else_is_refused(host: Texts, tmp_path: Path) -> None:
     record = tmp_path / "answers.jsonl"
-    tune(host.model, examples(40), host=host, record=record, levels=False, **ASKED)
+    tune(host.model, examples(16), host=host, record=record, levels=False, **ASKED)
     before = record.read_bytes()
     with pytest.raises(FewerError, match=r"another run \(max_new_tokens, seed differ\)"):
-        tune(host.model, examples(40), host=host, record=record, **{**ASKED, "seed": 1, "max_new_tokens": 5})
+        tune(host.model, examples(16), host=host, record=record, **{**ASKED, "seed": 1, "max_new_tokens": 5})
     assert record.read_bytes() == before
     record.write_text("once upon a time\n")
     with pytest.raises(FewerError, match="no record of `fewer tune`"):
-        tune(host.model, examples(40), host=host, record=record, **ASKED)
+        tune(host.model, examples(16), host=host, record=record, **ASKED)
     with pytest.raises(FewerError, match=r"cannot be (read|written)"):
-        tune(host.model, examples(40), host=host, record=record / "below.jsonl", **ASKED)
+        tune(host.model, examples(16), host=host, record=record / "below.jsonl", **ASKED)
 
 
 def test_a_record_whose_first_line_was_cut_begins_anew(host: Texts, tmp_path: Path) -> None:
@@ -122,21 +122,21 @@ def test_a_record_whose_first_line_was_cut_begins_anew(host: Texts, tmp_path: Pa
     for content in (b"", b'{"kind": "tune", "mod'):
         record = tmp_path / f"{len(content)}.jsonl"
         record.write_bytes(content)
-        tune(host.model, examples(40), host=host, record=record, **asked)
+        tune(host.model, examples(16), host=host, record=record, **asked)
         assert json.loads(record.read_text().split("\n")[0])["kind"] == "tune"
 
 
 def test_a_second_test_on_the_same_examples_says_so(host: Texts, tmp_path: Path) -> None:
     record, asked = tmp_path / "answers.jsonl", {**ASKED, "levels": False}
-    one = tune(host.model, examples(40), host=host, record=record, **asked)
-    same = tune(host.model, examples(40), host=host, record=record, **asked)
-    other = tune(host.model, examples(40), host=host, record=record, **{**asked, "loss": 0.75})
+    one = tune(host.model, examples(16), host=host, record=record, **asked)
+    same = tune(host.model, examples(16), host=host, record=record, **asked)
+    other = tune(host.model, examples(16), host=host, record=record, **{**asked, "loss": 0.75})
     assert not any("test number" in note for note in (*one.notes, *same.notes))
     assert any("test number 2 on this record's calibration examples" in note for note in other.notes)
 
 
 def test_where_there_is_nothing_to_lose_nothing_is_promised(host: Texts) -> None:
-    never = [replace(one, answers=("never said",)) for one in examples(40)]
+    never = [replace(one, answers=("never said",)) for one in examples(16)]
     none = tune(host.model, never, host=host, **{**ASKED, "measure": "wrong", "levels": False})
     assert none.chosen is None and none.stake == 0 and "nothing at all would lose 0.0000 (wrong)" in none.why
 
@@ -146,7 +146,7 @@ def test_a_full_disk_keeps_what_is_there(host: Texts, tmp_path: Path, monkeypatc
     one = Counting(host.model, host.tokenizer, most=4)
     one.left = 5
     with pytest.raises(KeyboardInterrupt):
-        tune(host.model, examples(40), host=one, record=record, **ASKED)
+        tune(host.model, examples(16), host=one, record=record, **ASKED)
     before, opened = record.read_bytes(), Path.open
 
     def full(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
@@ -156,7 +156,7 @@ def test_a_full_disk_keeps_what_is_there(host: Texts, tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(Path, "open", full)
     with pytest.raises(FewerError, match=r"cannot be written \(No space left on device\); what is in it stays"):
-        tune(host.model, examples(40), host=host, record=record, **ASKED)
+        tune(host.model, examples(16), host=host, record=record, **ASKED)
     assert record.read_bytes() == before
 
 
@@ -170,14 +170,14 @@ def test_no_setting_that_passes(host: Texts) -> None:
 
 def test_the_best_of_both_are_tried_together(host: Texts) -> None:
     asked = {**ASKED, "loss": 0.9, "levels": False}
-    both = tune(host.model, examples(40), processor=host.tokenizer, **asked)
+    both = tune(host.model, examples(16), processor=host.tokenizer, **asked)
     names = [one.setting for one in both.searched]
     assert any(one.text is not None and one.held is not None for one in names)
 
 
 def test_for_latency_seconds_are_counted(host: Texts) -> None:
     fast = tune(
-        host.model, examples(40), processor=host.tokenizer, aim="latency", **{**ASKED, "loss": 0.9, "levels": False}
+        host.model, examples(16), processor=host.tokenizer, aim="latency", **{**ASKED, "loss": 0.9, "levels": False}
     )
     assert all(one.seconds is not None and one.seconds > 0 for one in (fast.full, *fast.searched))
 
@@ -224,7 +224,7 @@ def test_a_loss_of_your_own(host: Texts) -> None:
     def longer(full: str, said: str, example: Example) -> float:
         return float(len(said) > len(full))
 
-    mine = tune(host.model, examples(40), host=host, **{**ASKED, "measure": longer, "levels": False})
+    mine = tune(host.model, examples(16), host=host, **{**ASKED, "measure": longer, "levels": False})
     assert mine.measure == "longer"
 
 
