@@ -68,8 +68,8 @@ reference-vlm: $(VENV)/.installed  ## train that model anew: an hour on two core
 evidence-tune: $(VENV)/.installed  ## the plans that fewer tune finds, beside fixed methods: results/tune.json (goes on where it stopped)
 	$(BIN)/python scripts/tune_evidence.py
 
-evidence-prompt: $(VENV)/.installed  ## every prompt method on questions about documents: results/prompt.json (goes on where it stopped)
-	$(BIN)/python scripts/prompt_evidence.py
+evidence-prompt: out/provence.fit  ## every prompt method on questions about documents: results/prompt.json (goes on where it stopped)
+	$(BIN)/python scripts/prompt_evidence.py --fit out/provence.fit
 
 evidence: $(FITS)  ## every cache method at every budget and length: results/kv-smollm2.json (hours; goes on where it stopped)
 	$(BIN)/python scripts/evidence.py $(addprefix --fit ,$(FITS))

@@ -37,8 +37,8 @@ from fewer_eval.tasks import Example, Task
 
 GREEDY = 32
 """Tokens of the full model's greedy continuation that loyalty is measured on, on running text."""
-SIDE_BY_SIDE = 2 << 30
-"""Most bytes of caches that answer as one batch: a hundred cases at 1,000 tokens, a dozen at 4,000."""
+SIDE_BY_SIDE = 1 << 30
+"""Most bytes of caches that answer as one batch: fifty cases at 1,000 tokens, a dozen at 4,000."""
 
 
 @dataclass
@@ -230,10 +230,18 @@ class _Bench:
                 continue
             size = cache.report.kept * cache.report.bytes_full  # stacked, everything is in full precision
             if cases and held + size > SIDE_BY_SIDE:
-                yield cases, Cache.stack(caches)
-                cases, caches, held = [], [], 0.0
-            cases, caches, held = [*cases, case], [*caches, cache], held + size
-        yield cases, Cache.stack(caches)
+                yield cases, self._stacked(caches)
+                cases, held = [], 0.0
+            cases, held = [*cases, case], held + size
+            caches.append(cache)
+        yield cases, self._stacked(caches)
+
+    @staticmethod
+    def _stacked(caches: list[Cache]) -> Cache:
+        """All of them as one, and none of them by itself any more: what they hold stands in memory once."""
+        batch = Cache.stack(caches)
+        caches.clear()
+        return batch
 
     def _tried(
         self,
