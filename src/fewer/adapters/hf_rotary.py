@@ -77,7 +77,10 @@ def find(model: nn.Module, attention: nn.Module, head_dim: int) -> HostRotary | 
 
 def multimodal(model: nn.Module) -> bool:
     """Whether a token's position is one of time, row and column, and so none that can be counted along a row."""
-    return any(hasattr(m, "mrope_section") for m in model.modules())
+    config: Any = getattr(model, "config", None)
+    rope = getattr(config and config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    # up to 5.2 the embedding itself does not say it
+    return "mrope_section" in rope or any(hasattr(m, "mrope_section") for m in model.modules())
 
 
 def _rotates(rotary: HostRotary, d: int, device: torch.device) -> bool:
