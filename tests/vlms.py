@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 import transformers as tf
 from torch import Tensor
@@ -195,6 +196,8 @@ def llava_onevision() -> Case:
     def inputs(counts: list[int], seed: int = 0, side: str = "left", frames: int = 0) -> dict[str, Tensor]:
         if not frames:
             return anyres(counts, seed, side)
+        if "pixel_values_videos" not in inspect.signature(model.model.get_video_features).parameters:
+            pytest.skip("up to transformers 5.2 a video's features lack the separator behind them, and are refused")
         out = padded(prompts(counts, lambda _: [VIDEO] * (9 * frames + 1), seed), side)
         return out | {"pixel_values_videos": _pixels(sum(counts), seed, frames, 3, 24, 24)}
 

@@ -72,7 +72,8 @@ def _packed(base: Any, video: bool, given: Mapping[str, Any], features: list[Ten
     side = config.vision_config.image_size // config.vision_config.patch_size
     if video:  # frames are pooled by two, and one separator ends them all
         half = -(-side // 2)
-        frames = given["pixel_values_videos"].shape[1]
+        called = "pixel_values_videos" if "pixel_values_videos" in given else "pixel_values"  # up to 5.2
+        frames = given[called].shape[1]
         pieces = []
         for _ in features:
             piece = plain([(half, half)] * frames, video=True)
