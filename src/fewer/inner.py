@@ -1,4 +1,4 @@
-"""Methods inside other methods: which they are, and which a method around them would spoil.
+"""Methods inside other methods: which they are, what they say for the whole, and which a method around would spoil.
 
 AdaKV(SnapKV())    whoever is outside asks the one inside for its four members, and replaces some of them
 """
@@ -11,8 +11,10 @@ import torch
 from fewer.reduce.select import top_k
 from fewer.types import Allocation, FewerError, Method, MissingSignal, Plan, Tokens
 
-OTHERWISE = ("shortens", "among", "reads", "pairs", "whole")
-"""What a method says beside its four members if it does more to a cache than evict from it; and its `store`."""
+FORWARD = ("shortens", "among", "reads")
+"""What a method says beside its four members if it changes the forward itself, and not just what is kept of it."""
+OTHERWISE = (*FORWARD, "pairs", "whole")
+"""The same if it does more to a cache than evict from it; and its `store`."""
 
 
 def inside(method: Any) -> Iterator[Any]:
@@ -21,6 +23,19 @@ def inside(method: Any) -> Iterator[Any]:
         if isinstance(part, Method):
             yield from inside(part)
     yield method
+
+
+def published(method: Any) -> tuple[str, int]:
+    """When a method acts, and after how many decoding steps: what it says, or one inside it, or "prefill" and 64."""
+    parts = [*inside(method)][::-1]  # the outermost first
+    when: str = next((part.when for part in parts if hasattr(part, "when")), "prefill")
+    every: int = next((part.every for part in parts if hasattr(part, "every")), 64)
+    return when, every
+
+
+def changes_forward(method: Any) -> bool:
+    """Whether no other method's forward can stand in for one with this."""
+    return any(getattr(method, member, None) is not None for member in FORWARD)
 
 
 def evicts(method: Any) -> bool:

@@ -4,6 +4,7 @@ import statistics
 from dataclasses import dataclass, field
 
 from fewer.codec import Codec
+from fewer.inner import changes_forward
 from fewer.methods import name_of, resolve, resolve_store
 from fewer.types import Keep, Method
 from fewer_eval.schema import Question, Row
@@ -29,7 +30,7 @@ class Case:
     @property
     def alone(self) -> bool:
         """Whether it does something while it prefills or decodes, so that no other method's caches can stand in."""
-        return any(getattr(self.method, name, None) is not None for name in ("shortens", "among", "reads"))
+        return changes_forward(self.method)
 
 
 @dataclass

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fewer import Cache
 from fewer import fit as fits
+from fewer.inner import published
 from fewer.latency import finish
 from fewer.methods.any.full import Full
 from fewer.tuning.asking import Asker
@@ -127,7 +128,7 @@ class _Bench:
             fits.check(case.method, model)
         self.watch = watching([case.method for case in self.together])
         self.kept: dict[str, list[list[int]]] = {}
-        going = sorted({case.name for case in cases if getattr(case.method, "when", "prefill") != "prefill"})
+        going = sorted({case.name for case in cases if published(case.method)[0] != "prefill"})
         said = f"{', '.join(going)}: published to go on while decoding; here all compress once, after the prompt"
         self.notes: dict[str, None] = dict.fromkeys([said] * bool(going))
         self.decode_ms: dict[str, float] = {}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fewer.adapters.hf_bind import Host
 from fewer.codec import POSITION_BYTES, Codec, PairCodec, Stores, held_bytes
+from fewer.inner import published
 from fewer.types import Budget, FewerError, FewerWarning, Method, Phase, UnsupportedModel
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ class Policy:
         cls, method: Method, budget: Budget, when: str | None = None, every: int | None = None, store: Any = None
     ) -> "Policy":
         """Check what a user asked for. What is left out is as the method was published, or else "prefill" and 64."""
-        when = getattr(method, "when", "prefill") if when is None else when
-        every = getattr(method, "every", 64) if every is None else every
+        own = published(method)
+        when, every = own[0] if when is None else when, own[1] if every is None else every
         if when not in ("prefill", "decode", "both"):
             raise FewerError(f"when={when!r}: compress at 'prefill', 'decode' or 'both'")
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from fewer.inner import evicts
+from fewer.inner import evicts, published
 from fewer.reduce.select import top_k
 from fewer.signals import EveryLayer
 from fewer.signals.visual import Marked, VisualEntries
@@ -31,7 +31,7 @@ class OnlyVisual:
         name = type(self.inner).__name__
         if not evicts(self.inner):
             raise FewerError(f"{name} does more to a cache than evict from it, and cannot be kept to visual entries")
-        if getattr(self.inner, "when", "prefill") != "prefill":
+        if published(self.inner)[0] != "prefill":
             raise FewerError(f"{name} cuts while it decodes, and visual entries are cut once, when they were read")
 
     @property

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fewer import fit as fits
 from fewer.adapters.hf_cache import Cache
+from fewer.inner import changes_forward, published
 from fewer.methods import resolve_store
 from fewer.methods.any.full import Full
 from fewer.report import Report
@@ -131,8 +132,7 @@ class Texts:
     def alone(self, held: Held | None) -> bool:
         """Whether it acts while the prompt is read or the answer is made, so that no prefill can be shared."""
         method = self.method(held)
-        acts = any(getattr(method, name, None) is not None for name in ("shortens", "among", "reads"))
-        acts = acts or getattr(method, "when", "prefill") != "prefill"
+        acts = changes_forward(method) or published(method)[0] != "prefill"
         return acts or (held is not None and bool(held.options().keys() - {"store"}))
 
     def _beside(self, held: Sequence[Held | None], before: Tensor, after: Tensor) -> list[Answer]:
@@ -186,7 +186,7 @@ class Texts:
         options = {} if held is None else {n: v for n, v in held.options().items() if n in ("when", "every")}
         with Cache(self.model, method, _keep(held), store=_store(held), **options) as cache:
             logits = self.read(cache, before if self.unseen else torch.cat([before, after], 1))
-            if options.get("when", getattr(method, "when", "prefill")) == "prefill":
+            if options.get("when", published(method)[0]) == "prefill":
                 cache.freeze()
             report = cache.report
             if self.unseen:

@@ -62,14 +62,6 @@ class CriticalKV:
         must_keep_the_top(self, self.scorer)
 
     @property
-    def when(self) -> str:
-        return getattr(self.scorer, "when", "prefill")
-
-    @property
-    def every(self) -> int:
-        return getattr(self.scorer, "every", 64)
-
-    @property
     def needs(self) -> frozenset[Any]:
         return self.scorer.needs | {Projection()}
 

@@ -51,14 +51,6 @@ class MergeEvict:
             raise UnknownName(f"how={self.how!r}: merge by 'pivot', 'average' or 'weighted'")
 
     @property
-    def when(self) -> str:
-        return getattr(self.scorer, "when", "prefill")
-
-    @property
-    def every(self) -> int:
-        return getattr(self.scorer, "every", 64)
-
-    @property
     def needs(self) -> frozenset[Any]:
         return self.scorer.needs
 
