@@ -107,14 +107,14 @@ def staying(scores: list[np.ndarray], texts: list[str]) -> dict[str, float]:
     return {f"{what}, of {len(found)}": round(sum(found) / len(found), 3) for what, found in out.items()}
 
 
-def survival(score: Any) -> dict[str, float]:
+def survival(method: Any) -> dict[str, float]:
     """The share of planted facts whose answer, whose key, and both stay in the text, at two budgets."""
     out = {}
     for keep in (0.5, 0.3):
         found = np.zeros(3)
         for seed in range(FACTS):
             about = planted(1000 + seed, 4)
-            text = fewer.compress_prompt(about.text, Scored(score), keep=keep).text
+            text = fewer.compress_prompt(about.text, method, keep=keep).text
             for answer, key in zip(about.answers, about.keys, strict=True):
                 alive = [all(word in text for word in said.split() if word != "of") for said in (answer, key)]
                 found += (*alive, all(alive))
@@ -155,14 +155,14 @@ def main() -> None:
         if name == SHIPPED:
             HEAD.parent.mkdir(exist_ok=True)
             fits.save(made, HEAD)
-    agreed, survived = {}, {}
+    agreed, survived = {}, {"full": survival("full")}
     for name, scorer in scorers.items():
         scores = [np.asarray(scorer(text)) for text in held]
         agreed[name] = {"best 40 % of each text": agreement(scores, labels[:HELD], None)}
         if name in RECIPES:
             agreed[name]["above one half"] = agreement(scores, labels[:HELD], 0.5)
         agreed[name]["stays of the better half"] = staying(scores, held)
-        survived[name] = survival(scorer)
+        survived[name] = survival(Scored(scorer))
         print(name, agreed[name], survived[name])
     result = {
         "date": date.today().isoformat(), "hardware": environment.hardware(), "versions": environment.versions(),
