@@ -216,9 +216,7 @@ def resolve(method: str | Method) -> Method:
         known = METHODS.get(found.group(1) if found else method)
         settings = {"bits": int(found.group(2))} if found else {}
         if known is None or (settings and "bits" not in getattr(known, "__dataclass_fields__", {})):
-            near = get_close_matches(method.lower(), METHODS, n=3)
-            hint = f"did you mean {' or '.join(near)}? " if near else ""
-            raise UnknownName(f"there is no method {method!r}; {hint}Known are {', '.join(METHODS)}")
+            raise UnknownName(f"there is no method {method!r}; {_meant(method, METHODS)}")
         if family_of(known) == "prompt":
             raise UnknownName(f"{method!r} shortens texts, not what a model holds: {_PROMPTS}")
         made: Method = known(**settings)
@@ -230,6 +228,12 @@ def resolve(method: str | Method) -> Method:
     return method
 
 
+def _meant(name: str, able: dict[str, Any]) -> str:
+    """What to write in the place of a name that does not exist: those near it, or else all that do."""
+    near = get_close_matches(name.lower(), able, n=3)
+    return f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(able)}"
+
+
 _PROMPTS = "give the text to fewer.compress_prompt(text, method, keep=...)"
 
 
@@ -238,9 +242,7 @@ def resolve_prompt(method: str | PromptMethod) -> PromptMethod:
     able = of_family("prompt")
     if isinstance(method, str):
         if method not in able:
-            near = get_close_matches(method.lower(), able, n=3)
-            hint = f"did you mean {' or '.join(near)}? " if near else ""
-            raise UnknownName(f"there is no prompt method {method!r}; {hint}Known are {', '.join(able)}")
+            raise UnknownName(f"there is no prompt method {method!r}; {_meant(method, able)}")
         made: PromptMethod = able[method]()
         return made
     if isinstance(method, type) or not isinstance(method, PromptMethod):
