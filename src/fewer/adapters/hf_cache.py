@@ -103,12 +103,11 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         layers, ours = host.layers(), host.plain_layers()
         self.shared = Shared(host, policy, sum(ours))
         if policy.cutter is not None:
-            self.shared.cutter = policy.cutter(self.shared)
+            self.shared.cutter = policy.cutter()
         place = 0
         for index, mine in enumerate(ours):
             if mine:
                 layers[index] = Layer(self.shared, index, place)
-                self.shared.members.append(layers[index])
                 place += 1
         if not place:
             raise UnsupportedModel(
@@ -123,6 +122,7 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         if self.shared.cutter is not None and self.shared.cutter.after:
             hf_shorten.prepare_later(min(self.shared.cutter.after), layers)
         super().__init__(layers=layers)
+        self._adopt(layers)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # its books are Python; the layers around it compile
     def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
@@ -159,6 +159,7 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         other = Cache.__new__(Cache)
         own = {name: part for name, part in vars(self).items() if name not in ("_attachment", "_release")}
         other.__dict__.update(deepcopy(own, memo))
+        other._adopt(other.layers)
         if hasattr(self, "_release") and self._release.alive:
             other._attach()
         return other
@@ -237,7 +238,7 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
     def _adopt(self, layers: list[Any]) -> None:
         """Take these layers, made for this cache, in the place of its own."""
         self.layers = layers
-        self.shared.members[:] = [layer for layer in layers if isinstance(layer, Layer)]
+        self.shared.members = [layer for layer in layers if isinstance(layer, Layer)]
 
     def fork(self) -> "Cache":
         """The same cache, frozen, to go on from twice: it shares what is held so far, and what it reads is its own."""

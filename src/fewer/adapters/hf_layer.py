@@ -7,6 +7,7 @@ model forward -> Layer.update (stores, marks) -> attention function -> Layer.att
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -259,7 +260,7 @@ class Layer(Held):  # type: ignore[no-untyped-call]
         host = self.shared.host
         return Step(
             query, positions, padding, dense, scaling, softcap, host.rotary,
-            place=self.place, hidden=host.hidden.pop(self.index, None), output=lambda: host.output(self.index),
+            place=self.place, hidden=host.hidden.pop(self.index, None), output=partial(host.output, self.index),
         )  # fmt: skip
 
     def look(self, method: Method, phase: Phase) -> tuple[Tokens, Dense, Tensor]:

@@ -30,7 +30,7 @@ class Policy:
     when: When = "prefill"
     every: int = 64
     stores: Stores = (None,)
-    cutter: "Callable[[Shared], Cutter] | None" = None
+    cutter: "Callable[[], Cutter] | None" = None
     """Makes what decides between layers, for every cache."""
 
     @classmethod
@@ -170,7 +170,6 @@ class Shared:
     layers: int
     frozen: bool = False
     notes: list[str] = field(default_factory=list)
-    members: "list[Layer]" = field(default_factory=list)
     probing: Any = None
     """The need on whose behalf the model is being run once more; nothing is stored then."""
     held: int = 0
@@ -190,13 +189,19 @@ class Shared:
     """What the attention of the layer before the next cut was given."""
     chosen: Tensor | None = None
     """The columns that each query head chose to read in the decoding step under way."""
+    _members: "tuple[ref[Layer], ...]" = ()
     _mask: Any = None
     _padding: Tensor | None = None
 
     @property
-    def layers_all(self) -> int:
-        """All layers of the model, those that bound their cache by themselves included."""
-        return len(self.host.attentions)
+    def members(self) -> "list[Layer]":
+        """The cache's own layers that compress. They are only pointed at: in a cycle, what a cache holds would be freed
+        when Python next looks for cycles, and not when nobody uses the cache any more."""
+        return [layer for layer in (member() for member in self._members) if layer is not None]
+
+    @members.setter
+    def members(self, layers: "Sequence[Layer]") -> None:
+        self._members = tuple(map(ref, layers))
 
     def note(self, text: str) -> None:
         """A remark that the user must hear of once, and that the report repeats."""

@@ -27,8 +27,8 @@ from fewer.signals.visual import Layout, Looked, Marked, Places, Question, TextA
 from fewer.types import Budget, MissingSignal, Reduction, Site, Tokens
 
 if TYPE_CHECKING:
+    from fewer.adapters.hf_bind import Host
     from fewer.adapters.hf_cache import Cache
-    from fewer.adapters.hf_policy import Shared
 
 _costs: dict[tuple[Any, ...], int] = {}
 """FLOPs of the matrix products of a decision, by the method, its place and its sizes: each is counted once."""
@@ -39,7 +39,7 @@ class Cutter:
     """The cuts of one cache."""
 
     stages: Stages
-    shared: "Shared"
+    host: "Host"
     positions: str = "keep"
     turn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     """The text model's rotary table for states and positions."""
@@ -73,9 +73,8 @@ class Cutter:
         return frozenset(self.stages.at)
 
     def __deepcopy__(self, memo: Any) -> "Cutter":
-        shared = memo.get(id(self.shared), self.shared)
         books = Books(list(self.books.visual), list(self.books.final), list(self.books.wanted))
-        return Cutter(self.stages, shared, self.positions, self.turn, self.words, shift=self.shift, books=books)
+        return Cutter(self.stages, self.host, self.positions, self.turn, self.words, shift=self.shift, books=books)
 
     def begin(self, ids: Tensor, rows: list[list[Picture]], padding: Tensor, places: Tensor | None) -> None:
         """A forward with these pictures starts."""
@@ -83,7 +82,7 @@ class Cutter:
         self.deep, self.plans, self.seconds, self.choosing = [], [], 0.0, 0
         self.had = sum(len(one.columns) + len(one.separators) for row in rows for one in row)
         self.tokens = int((~padding).sum())
-        self.counts = [float(self.had)] * self.shared.layers_all
+        self.counts = [float(self.had)] * len(self.host.attentions)
 
     def mark(self, real: Tensor, before: list[int]) -> None:
         """Take the tokens of a forward into the books: `real` `(b, q)` are no padding, and each row had `before`."""
@@ -214,7 +213,7 @@ class Cutter:
                 assert self.words is not None
                 signals[Vocabulary] = self.words()
             elif isinstance(need, TextAttention):
-                if after < 0 <= max(cuts(method, self.shared.layers_all)):
+                if after < 0 <= max(cuts(method, len(self.host.attentions))):
                     continue  # there is none yet; the method reads it at its later cuts
                 signals[TextAttention] = self._looked(method, row, columns, where, states, given, cache)
             else:
@@ -223,7 +222,7 @@ class Cutter:
                 )
         n, device = len(at), at.device
         places = list(self.stages.at)
-        site = Site(after, self.shared.layers_all, "prefill", 0, layout.grid, places.index(after), len(places))
+        site = Site(after, len(self.host.attentions), "prefill", 0, layout.grid, places.index(after), len(places))
         none = torch.zeros(1, n, dtype=torch.bool, device=device)
         return Tokens(
             states[row, at].unsqueeze(0), torch.arange(n, device=device).unsqueeze(0), none, none,
@@ -257,7 +256,7 @@ class Cutter:
         before = int(real[: n - k].sum())
         asks, text = self._text(row)
         then = self._where(row, where.device, cache)  # as the layer had them: an earlier stage may have cut here too
-        cos, sin = tables(given, cache.shared.passed, row, self.shared.host.config)
+        cos, sin = tables(given, cache.shared.passed, row, self.host.config)
         fresh = dense.keys[row][:, n - k :]
         return Looked(
             query[row][:, then[text]], dense.keys[row][:, real],

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fewer.adapters import hf_cache, hf_shorten
 from fewer.adapters.hf_bind import Host
-from fewer.adapters.hf_policy import Policy, Shared
+from fewer.adapters.hf_policy import Policy
 from fewer.adapters.vlm_cache import FinalSet, OnlyVisual
 from fewer.adapters.vlm_cut import Cutter
 from fewer.adapters.vlm_encoder import Early
@@ -58,7 +58,7 @@ class Run:
         stages: Stages,
         taps: Taps,
         inner: hf_cache.Run,
-        made: Callable[[Shared], Cutter],
+        made: Callable[[], Cutter],
     ) -> None:
         self.named, self.stages, self.taps, self.inner, self.made = named, stages, taps, inner, made
         self.started, self.first_token = 0.0, 0.0
@@ -137,7 +137,7 @@ class Run:
         self.started = perf_counter()
         if cache.shared.cutter is None:  # it was loaded, or made by the user
             cache.shared.policy = replace(cache.shared.policy, cutter=self.made)
-            cache.shared.cutter = self.made(cache.shared)
+            cache.shared.cutter = self.made()
         cutter, states = cache.shared.cutter, kwargs["inputs_embeds"]
         assert isinstance(cutter, Cutter)
         cache.shared.passed = None  # of a forward that failed
@@ -264,8 +264,8 @@ def session(model: Any, methods: Sequence[Any], asked: Asked) -> Iterator[Run]:
             )
     taps = Taps(model, needs, first)
 
-    def made(shared: Shared) -> Cutter:
-        return Cutter(stages, shared, positions, text.rotary_emb, lambda: text.get_input_embeddings().weight)
+    def made() -> Cutter:
+        return Cutter(stages, host, positions, text.rotary_emb, lambda: text.get_input_embeddings().weight)
 
     inside: Method = resolve("full")
     if caching is not None and not stages.whole:
