@@ -1,4 +1,4 @@
-"""What nobody uses any more is freed at once, and not when Python next looks for cycles: on a device that can be never."""
+"""What nobody uses any more is freed at once, not when Python next looks for cycles, which on a device can be never."""
 
 import gc
 from collections.abc import Callable
@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 import fewer
