@@ -49,11 +49,12 @@ class Unit:
 
 
 def plan() -> list[Unit]:
-    """What is to be measured, what tells most first; kinds in one list take turns."""
+    """What is to be measured, what tells most first; kinds in one list take turns. Five needles to a unit: its samples
+    lie at even depths from the start of a context to its end, and two would lie just there."""
     kinds = [[("needle-single", 1000, 5, 10), ("text", 1000, 6, 4)]]  # of running text a third of the samples
-    kinds += [[("needle-single", tokens, 2, 10) for tokens in (2000, 4000)]]
+    kinds += [[("needle-single", tokens, 5, 4) for tokens in (2000, 4000)]]
     for task in ("needle-multikey", "needle-multivalue"):
-        kinds += [[(task, 1000, 5, 10)], [(task, 2000, 2, 10), (task, 4000, 2, 10)]]
+        kinds += [[(task, 1000, 5, 10)], [(task, 2000, 5, 4), (task, 4000, 5, 4)]]
     kinds += [[("text", tokens, 6, 2) for tokens in (2000, 4000)]]
     return [
         Unit(task, tokens, size, seed)
