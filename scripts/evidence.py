@@ -105,8 +105,21 @@ def tables(rows: list[Row]) -> str:
     parts = []
     for task, tokens in dict.fromkeys((row.task, row.tokens) for row in sorted(rows, key=lambda r: (r.task, r.tokens))):
         mine = [row for row in rows if (row.task, row.tokens) == (task, tokens)]
-        parts.append(text_table(mine) if task == "text" else found_table(mine))
+        parts += [text_table(mine) if task == "text" else found_table(mine), losers(mine)]
     return "\n\n".join(parts)
+
+
+def losers(rows: list[Row]) -> str:
+    """Who does worse than random or evenly spaced tokens at the same keep, and where."""
+    text = rows[0].task == "text"
+    cell = {(row.method, row.keep_asked, row.question): -(row.kl_bits or 0.0) if text else row.quality for row in rows}
+    found: dict[str, list[str]] = defaultdict(list)
+    for (name, keep, question), mine in cell.items():
+        beaten = [each for each in ("random", "uniform") if mine < cell.get((each, keep, question), mine)]
+        if name not in ("random", "uniform") and beaten:
+            found[name].append(f"{keep}{'' if text else f' {question}'} ({', '.join(beaten)})")
+    said = "; ".join(f"{name} at {', '.join(where)}" for name, where in sorted(found.items()))
+    return f"Worse than random or evenly spaced tokens at the same keep: {said or 'none'}."
 
 
 def found_table(rows: list[Row]) -> str:
