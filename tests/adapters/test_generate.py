@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import cache_utils
 
 import fewer
 from tests.adapters.common import ADA, FAMILIES, METHODS, MORE_METHODS, SNAP, cached, held
@@ -194,9 +195,12 @@ def test_inputs_embeds_work_as_ids_do() -> None:
         assert everything_kept(run.cache) == kept
 
 
-def test_prompt_lookup_crops_what_was_guessed_wrong() -> None:
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])  # gemma's sliding windows are full after a few tokens
+def test_prompt_lookup_crops_what_was_guessed_wrong(family: str) -> None:
     """Assisted decoding reads guesses several at a time and crops the wrong ones away again."""
-    model = tiny("llama", eos_token_id=1)
+    if family == "gemma3_text" and not hasattr(cache_utils.Cache, "activate_past_recording"):
+        pytest.skip("this transformers does not crop full sliding windows")
+    model = tiny(family, eos_token_id=1)
     ids = prompt(20).repeat(1, 3)
     how = {"max_new_tokens": 12, "do_sample": False, "prompt_lookup_num_tokens": 3}
     want = model.generate(ids, **how)
@@ -204,7 +208,7 @@ def test_prompt_lookup_crops_what_was_guessed_wrong() -> None:
         assert torch.equal(model.generate(ids, **how), want)
     with fewer.compress(model, SNAP, keep=0.5) as run:
         out = model.generate(ids, **how)
-        assert run.report.layers[0].seen[0] in (out.shape[1] - 1, out.shape[1])
+        assert run.cache is not None and run.cache.get_seq_length() in (out.shape[1] - 1, out.shape[1])
 
 
 @pytest.mark.parametrize("how", [GREEDY, BEAMS], ids=["greedy", "beams"])

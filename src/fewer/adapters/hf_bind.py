@@ -129,8 +129,12 @@ class Host:
         return [type(layer) is DynamicLayer for layer in self.layers()]
 
     def gives(self, method: Method) -> None:
-        """Raise `MissingSignal` if the method needs what this model does not have, `FewerError` if it is not fitted or
-        would do nothing."""
+        """Raise `MissingSignal` if the method needs what this model does not have, `UnsupportedModel` if no layer of it
+        can be compressed, `FewerError` if the method is not fitted or would do nothing."""
+        if not any(self.plain_layers()):
+            raise UnsupportedModel(
+                f"{type(self.model).__name__} has sliding-window layers only, which bound their cache by themselves"
+            )
         fit.check(method, self.model)
         if getattr(method, "reads", None) is not None:
             hf_read.check(method, sum(self.plain_layers()))

@@ -109,10 +109,6 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
             if mine:
                 layers[index] = Layer(self.shared, index, place)
                 place += 1
-        if not place:
-            raise UnsupportedModel(
-                f"{type(host.model).__name__} has sliding-window layers only, which bound their cache by themselves"
-            )
         if place < len(layers):
             self.shared.notes.append(f"{len(layers) - place} sliding-window layers are left alone")
         if isinstance(policy.method, Levels):
@@ -305,8 +301,10 @@ class Run:
             raise FewerError("use_cache is off, so there is no cache to compress; leave it on inside fewer.compress")
         past = kwargs.get("past_key_values")
         if past is None or (type(past) is cache_utils.DynamicCache and past.get_seq_length() == 0):
-            past = kwargs["past_key_values"] = Cache.within(self._host, self._policy)
-            kwargs["use_cache"] = True
+            replaced, past = past, Cache.within(self._host, self._policy)
+            if any(getattr(layer, "record_past", False) for layer in getattr(replaced, "layers", ())):
+                past.activate_past_recording()  # assisted decoding: sliding layers keep what a crop may undo
+            kwargs |= {"past_key_values": past, "use_cache": True}
         if not isinstance(past, Cache):
             raise UnsupportedModel(
                 f"past_key_values is a {type(past).__name__} that fewer did not make; inside fewer.compress leave it "
