@@ -206,8 +206,8 @@ def compress(
         with encoder_run.session(model, found, setting) as shortened:
             yield shortened
         return
-    from fewer.adapters import hf_cache  # hosts are imported on use: `import fewer` needs no transformers
+    from fewer.adapters import hf_session  # hosts are imported on use: `import fewer` needs no transformers
 
-    policy = hf_cache.Policy.of(*levelled(chosen, keep), when, every, resolve_store(store))
-    with hf_cache.session(model, policy) as run:
+    policy = hf_session.Policy.of(*levelled(chosen, keep), when, every, resolve_store(store))
+    with hf_session.session(model, policy) as run:
         yield run

@@ -4,6 +4,7 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,16 +12,20 @@ import torch
 from torch import Tensor, nn
 
 import fewer
+from fewer.fit import Fit, fingerprint
 from fewer.methods.kv.adakv import AdaKV
 from fewer.methods.kv.expected_attention import ExpectedAttention
+from fewer.methods.kv.gear import GEAR
 from fewer.methods.kv.h2o import H2O
+from fewer.methods.kv.kivi import KIVI
 from fewer.methods.kv.knorm import KNorm
 from fewer.methods.kv.pyramidkv import PyramidKV
 from fewer.methods.kv.snapkv import SnapKV
 from fewer.methods.kv.streaming_llm import StreamingLLM
 from fewer.methods.kv.tova import TOVA
 from fewer.types import FewerError
-from tests.tiny import CONFIGS, prompt
+from tests.laws.scene import DIM, HEADS, KV_HEADS, fitted
+from tests.tiny import CONFIGS, prompt, tiny
 
 FAMILIES = list(CONFIGS)
 SNAP = SnapKV(window=8)
@@ -42,6 +47,19 @@ MORE_METHODS: dict[str, Any] = {
 
 PAIRS = [(family, "adakv") for family in FAMILIES] + [("llama", name) for name in MORE_METHODS if name != "adakv"]
 """Every family with one method, and every method on one family: one fault shows in either."""
+
+SMALL = {"kivi": KIVI(group=8, residual=16), "gear": GEAR(group=8, block=16, rank=2)}
+"""Forms of storage with groups that fit small models."""
+
+
+def decoder(name: str, **changes: Any) -> tuple[Any, Any, float]:
+    """A small decoder, the method of that name, fitted where it has to be, and a budget for it."""
+    sizes = {"hidden_size": HEADS * DIM, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS}
+    model, method = tiny("llama", num_hidden_layers=4, **sizes, **changes), SMALL.get(name) or fitted(name)
+    fit = getattr(method, "fit", None)
+    if isinstance(fit, Fit):  # made by hand, for no model, or for one of another precision
+        method = replace(method, fit=replace(fit, model=fingerprint(model)))
+    return model, method, 1.0 if getattr(method, "whole", False) else 0.5
 
 
 def cached(model: Any, cache: Any, *turns: Tensor, **call: Any) -> list[Tensor]:

@@ -1,20 +1,18 @@
-"""The compressed cache of a transformers decoder, and the session that hands it to a model.
+"""The compressed cache of a transformers decoder.
 
 with fewer.compress(model, ...)      a forward pre-hook passes a Cache where the call brings none; `generate` then
-                                     carries it along as it would its own
+                                     carries it along as it would its own (hf_session)
 past_key_values=fewer.Cache(...)     the same object, made by the user
 """
 
-import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from copy import copy, deepcopy
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet, finalize
+from weakref import finalize
 
 import torch
-from transformers import PreTrainedModel, cache_utils
+from transformers import cache_utils
 
 from fewer.adapters import hf_save, hf_shorten, vlm_read
 from fewer.adapters.hf_bind import Host
@@ -24,9 +22,7 @@ from fewer.adapters.hf_policy import Policy, Shared
 from fewer.allocate.levels import Levels, levelled
 from fewer.methods import name_of, resolve, resolve_store
 from fewer.report import LayerReport, Report
-from fewer.types import Budget, BudgetError, FewerError, Keep, Method, UnsupportedModel
-
-__all__ = ["Cache", "Policy", "Run", "session"]
+from fewer.types import Budget, BudgetError, FewerError, Keep, Method
 
 
 class Cache(cache_utils.Cache):  # type: ignore[misc]
@@ -75,6 +71,7 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         Raises:
             FewerError: the cache holds something that a file cannot, such as a method of your own.
         """
+        self._resume()
         hf_save.save(self, path)
 
     @classmethod
@@ -128,7 +125,10 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
                 "others have not; make the cache anew"
             )
         if layer_idx == 0:
+            if self.shared.members[0].waits is not None:
+                self.expect(key_states.shape[2], 0)  # nobody cropped, so nobody is guessing
             self._room(key_states.shape[2])
+            self._guessed(key_states.shape[2])
         passed = self.shared.passed
         if layer_idx == 0 and passed is not None and 0 not in passed.seen:
             self.shared.passed = None  # of a forward that failed
@@ -140,12 +140,57 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         most = policy.budget.tokens
         if most is None or new == 1 or not parts or self.shared.frozen or not policy.covers("prefill"):
             return
+        if self.shared.recording == "answer":
+            return
         rows = [[count for part in parts for count in part.counts[row]] for row in range(len(parts[0].counts))]
         if all(sum(row) >= most * len(parts[0].counts[0]) for row in rows):
             raise BudgetError(
                 f"keep={policy.budget.keep!r}: {most} tokens a head are packed already, and stay, so none of the {new} "
                 f"new ones would; give keep as a fraction, leave store= out, or freeze() the cache, which keeps what "
                 f"comes from now on"
+            )
+
+    # --- assisted decoding: what is read may be cropped again, so it is compressed when `crop` has said what stays ---
+
+    def activate_past_recording(self) -> None:
+        """`generate` begins to guess: every forward from now on is followed by a `crop`."""
+        super().activate_past_recording()  # type: ignore[no-untyped-call]
+        self.shared.recording = "prompt"
+
+    def expect(self, new: int, guesses: int) -> None:
+        """The next forward brings `new` tokens, the last of them guesses; if there are any, a `crop` will follow."""
+        self._resume()
+        answer = guesses == new - 1 and self.get_seq_length()
+        self.shared.recording = None if not guesses else "answer" if answer else "prompt"
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens."""
+        before = self.shared.members[0].length
+        super().crop(tokens_to_remove)
+        self._resume(before - self.shared.members[0].length)
+
+    def _resume(self, gone: int | None = None) -> None:
+        """Compress what waited: the last forward, of which the last `gone` tokens were cropped; None if nobody did."""
+        first, shared = self.shared.members[0], self.shared
+        if first.waits is None:
+            return
+        q = first.waits.query.shape[2]
+        checked = shared.recording == "answer" and gone is not None
+        phase = "decode" if checked else shared.phase(q, first.length + (gone or 0) - q)
+        shared.recording = "answer"
+        for layer in shared.members:
+            layer.resume(phase, gone or 0)
+
+    def _guessed(self, new: int) -> None:
+        """Refuse, before anything is stored, guesses along with a prompt where they could not be told from it."""
+        shared, method = self.shared, self.shared.policy.method
+        while_reading = any(getattr(method, name, None) is not None for name in ("shortens", "among"))
+        if shared.recording != "prompt" or new == 1 or shared.frozen:
+            return
+        if while_reading or shared.policy.probes or shared.cutter is not None:
+            raise FewerError(
+                f"{type(method).__name__} decides while a prompt is read, and assisted decoding reads guesses with it: "
+                f"generate without an assistant and prompt lookup, or with a method that does not"
             )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Cache":
@@ -269,69 +314,3 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
                 one.values = torch.cat([part.values for part in column])
         both._adopt(layers)
         return both
-
-
-class Run:
-    """The handle of one `fewer.compress` context."""
-
-    def __init__(self, host: Host, policy: Policy) -> None:
-        self._host, self._policy = host, policy
-        self.cache: Cache | None = None
-
-    @property
-    def report(self) -> Report:
-        """The report of the latest cache used inside the context."""
-        if self.cache is None:
-            raise FewerError("nothing was compressed yet: run the model inside the context first")
-        return self.cache.report
-
-    def hook(
-        self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[()], dict[str, Any]]:
-        """Before every forward of the model: see that it writes into a cache of ours."""
-        names = inspect.signature(model.forward).parameters
-        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        for name in ("input_ids", "inputs_embeds"):
-            if kwargs.get(name) is not None and kwargs[name].shape[1] == 0:
-                raise FewerError(
-                    f"{name} has shape {tuple(kwargs[name].shape)}: an empty prompt has nothing to compress"
-                )
-        config = model.config.get_text_config(decoder=True)
-        if not (config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]):
-            raise FewerError("use_cache is off, so there is no cache to compress; leave it on inside fewer.compress")
-        past = kwargs.get("past_key_values")
-        if past is None or (type(past) is cache_utils.DynamicCache and past.get_seq_length() == 0):
-            replaced, past = past, Cache.within(self._host, self._policy)
-            if any(getattr(layer, "record_past", False) for layer in getattr(replaced, "layers", ())):
-                past.activate_past_recording()  # assisted decoding: sliding layers keep what a crop may undo
-            kwargs |= {"past_key_values": past, "use_cache": True}
-        if not isinstance(past, Cache):
-            raise UnsupportedModel(
-                f"past_key_values is a {type(past).__name__} that fewer did not make; inside fewer.compress leave it "
-                f"out, or pass fewer.Cache(...)"
-            )
-        self.cache = past
-        return (), kwargs
-
-
-_in_use: "WeakSet[Any]" = WeakSet()
-"""The attention modules of models that are inside a session: a part of a model shares them with the whole."""
-
-
-@contextmanager
-def session(model: Any, policy: Policy) -> Iterator[Run]:
-    """Attach, hook, yield the run, and undo both whatever happened."""
-    host = Host.of(model)
-    run = Run(host, policy)
-    Cache.within(host, policy)  # raises now what the first forward would raise
-    if any(part in _in_use for part in host.attentions):
-        raise FewerError(f"this {type(model).__name__} is inside fewer.compress already; leave that context first")
-    _in_use.update(host.attentions)
-    handle = model.register_forward_pre_hook(run.hook, with_kwargs=True)  # first, so that others see its cache
-    attachment = host.attach(policy.method, policy.cutter is not None)
-    try:
-        yield run
-    finally:
-        handle.remove()
-        attachment.release()
-        _in_use.difference_update(host.attentions)

@@ -10,7 +10,7 @@ Columns count through all three, in this order.
 import time
 from collections.abc import Mapping
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -25,6 +25,20 @@ from fewer.signals import Observer, marked_last
 from fewer.types import Budget, FewerError, Phase, Plan, UnsupportedModel
 
 H = TypeVar("H", bound="Held")
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """What compressing needs of a forward that may be cropped first: nothing is decided by guesses."""
+
+    query: Tensor
+    scaling: float
+    softcap: float | None
+    hidden: Tensor | None
+    """The hidden states that the layer was given, where a method asks for them."""
+
+    def rows(self, index: Tensor) -> "Waiting":
+        return replace(self, query=self.query[index], hidden=None if self.hidden is None else self.hidden[index])
 
 
 class Held(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -53,6 +67,7 @@ class Held(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.since = 0  # decoding steps since the last compression
         self.pending = False
         self.due: Phase | None = None  # a compression that waits for the end of the forward
+        self.waits: Waiting | None = None  # a forward that waits for being cropped
         self.seconds = 0.0
         self.reads = (0, 0)  # of all entries held in decoding steps, those that were read; where not all are
         self._held = 0  # bytes, as last counted
@@ -282,6 +297,7 @@ class Held(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.padding = None if self.padding is None else self.padding[at]
         self.real = [self.real[row] for row in rows]
         self.asked = tuple(self.asked[row] for row in rows) if self.asked else ()
+        self.waits = None if self.waits is None else self.waits.rows(at)
         for observer in self.observers.values():
             observer.rows(at)
 

@@ -17,7 +17,7 @@ from fewer import attention
 from fewer.adapters.hf_among import attend_among, takes_part
 from fewer.adapters.hf_bind import MARK
 from fewer.adapters.hf_decide import decide
-from fewer.adapters.hf_held import Held
+from fewer.adapters.hf_held import Held, Waiting
 from fewer.adapters.hf_passed import Passed
 from fewer.adapters.hf_policy import Policy
 from fewer.adapters.hf_read import read
@@ -134,22 +134,16 @@ class Layer(Held):  # type: ignore[no-untyped-call]
             self._count_passed(passed, b, q)
         if shared.cutter is not None and self.index in shared.cutter.after and q > 1:
             shared.witness = query, self._dense(), scaling  # now, as it may be cut in a moment
-        if policy.covers(phase) and not shared.frozen:
-            self._observe(query, scaling, softcap)
-            if some:  # who takes part is seen from what was observed
-                out = attend_among(self, query, key, value, scaling, softcap), None
-            if phase == "prefill" and passed is None:
-                pass_on(self, shared.padding(mask, b, q), q)
-            self.since = 0 if phase == "prefill" else self.since + 1
-            if phase == "prefill" or self.since >= policy.every:
-                self.since = 0
-                self.due = phase
-                if not policy.together:
-                    decide([self], [self], phase)
-                elif last and not policy.probes:  # probing has to wait for the end of the forward
-                    decide(shared.members, shared.members, phase)
-        if not self.due and not shared.frozen:
-            self._pack(phase)
+        if shared.recording and not shared.frozen:
+            self.waits = Waiting(query, scaling, softcap, shared.host.hidden.pop(self.index, None))
+        else:
+            if policy.covers(phase) and not shared.frozen:
+                self._observe(query, scaling, softcap)
+                if some:  # who takes part is seen from what was observed
+                    out = attend_among(self, query, key, value, scaling, softcap), None
+                if phase == "prefill" and passed is None:
+                    pass_on(self, shared.padding(mask, b, q), q)
+            self._compress(phase, q)
         if last:
             shared.forget()
             if phase == "decode":
@@ -215,6 +209,35 @@ class Layer(Held):  # type: ignore[no-untyped-call]
         self.real = [real + count for real, count in zip(self.real, passed.new, strict=True)]
 
     # --- observing and compressing ---
+
+    def _compress(self, phase: Phase, new: int) -> None:
+        """Compress if it is time, else pack what fills a block; `new` columns came since this was asked last."""
+        shared, policy = self.shared, self.shared.policy
+        if shared.frozen:
+            return
+        if policy.covers(phase):
+            self.since += new
+            if phase == "prefill" or self.since >= policy.every:
+                self.since = 0
+                self.due = phase
+                if not policy.together:
+                    decide([self], [self], phase)
+                elif self.place == shared.layers - 1 and not policy.probes:  # those wait for the end of the forward
+                    decide(shared.members, shared.members, phase)
+        if not self.due:
+            self._pack(phase)
+
+    def resume(self, phase: Phase, gone: int) -> None:
+        """Go on after a forward whose last `gone` tokens were guessed wrong, and are cropped."""
+        waits, self.waits = self.waits, None
+        stay = 0 if waits is None else waits.query.shape[2] - gone
+        if waits is None or stay <= 0 or self.shared.frozen:
+            return
+        if self.shared.policy.covers(phase):
+            if waits.hidden is not None:
+                self.shared.host.hidden[self.index] = waits.hidden[:, :stay]
+            self._observe(waits.query[:, :, :stay], waits.scaling, waits.softcap)
+        self._compress(phase, stay)
 
     @torch.no_grad()  # a graph would hold on to everything that is dropped here
     def _observe(self, query: Tensor, scaling: float, softcap: float | None) -> None:

@@ -169,6 +169,8 @@ class Shared:
     policy: Policy
     layers: int
     frozen: bool = False
+    recording: Literal["prompt", "answer"] | None = None
+    """What the next forward of assisted decoding brings, guesses included, of which the wrong ones will be cropped."""
     notes: list[str] = field(default_factory=list)
     probing: Any = None
     """The need on whose behalf the model is being run once more; nothing is stored then."""

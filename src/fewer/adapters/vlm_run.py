@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewer.adapters import hf_cache, hf_shorten
+from fewer.adapters import hf_cache, hf_session, hf_shorten
 from fewer.adapters.hf_bind import Host
 from fewer.adapters.hf_policy import Policy
 from fewer.adapters.vlm_cache import FinalSet, OnlyVisual
@@ -57,7 +57,7 @@ class Run:
         named: Sequence[str],
         stages: Stages,
         taps: Taps,
-        inner: hf_cache.Run,
+        inner: hf_session.Run,
         made: Callable[[], Cutter],
     ) -> None:
         self.named, self.stages, self.taps, self.inner, self.made = named, stages, taps, inner, made
@@ -278,7 +278,7 @@ def session(model: Any, methods: Sequence[Any], asked: Asked) -> Iterator[Run]:
     if stages.at:
         hf_shorten.check_later(host, f"{' + '.join(named)} shortens a prompt", min(stages.at))
     with ExitStack() as leaving:
-        inner = leaving.enter_context(hf_cache.session(model, policy))
+        inner = leaving.enter_context(hf_session.session(model, policy))
         leaving.enter_context(taps.attached())
         run = Run(model, named, stages, taps, inner, made)
         for hook in (
