@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache
 
 import fewer
+from fewer.types import FewerWarning
 from tests.adapters.common import ADA, FAMILIES, METHODS, SNAP, cached, turns
 from tests.adapters.emulate import Twin, assert_close, difference, kept_positions, ours
 from tests.tiny import prompt, tiny
@@ -48,6 +49,15 @@ def test_eager_attention_weights_are_still_given_where_nothing_was_dropped() -> 
         got = model(prompt(30), output_attentions=True).attentions
     assert len(want) == 3
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_attention_weights_that_are_not_given_are_said() -> None:
+    model = tiny("llama", attn="eager", eos_token_id=None)
+    how = {"max_new_tokens": 3, "do_sample": False, "output_attentions": True, "return_dict_in_generate": True}
+    with fewer.compress(model, "knorm", keep=0.5) as run, pytest.warns(FewerWarning, match="output_attentions"):
+        prefill, *steps = model.generate(prompt(30), **how).attentions
+    assert len(prefill) == 3 and steps == [(), ()]
+    assert any("output_attentions" in note for note in run.report.notes)
 
 
 @pytest.mark.parametrize("method", ["snapkv", "adakv", "expected-attention"])

@@ -60,6 +60,10 @@ class Run:
         if given is not None and isinstance(logits, int) and logits > 0:  # `generate` names both
             tokens = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
             past.expect(tokens.shape[1], logits - 1)
+        if kwargs.get("output_attentions") and any(layer.parts for layer in past.shared.members):
+            past.shared.note(
+                "output_attentions: layers that hold compressed entries give no weights: heads hold different tokens"
+            )
         self.cache = past
         return (), kwargs
 
