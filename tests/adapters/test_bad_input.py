@@ -133,13 +133,11 @@ def test_a_cache_that_is_not_ours() -> None:
         assert run.report.layers[0].kept == ((15, 15),)
 
 
-def test_a_static_cache() -> None:
+@pytest.mark.parametrize(("asked", "said"), [("static", "a StaticCache that"), ("offloaded", "with offloading that")])
+def test_another_kind_of_cache(asked: str, said: str) -> None:
     model = tiny("llama")
-    with (
-        fewer.compress(model, "knorm", keep=0.5),
-        pytest.raises(UnsupportedModel, match="a StaticCache that fewer did"),
-    ):
-        model.generate(prompt(30), max_new_tokens=2, cache_implementation="static")
+    with fewer.compress(model, "knorm", keep=0.5), pytest.raises(UnsupportedModel, match=f"{said} fewer did not make"):
+        model.generate(prompt(30), max_new_tokens=2, cache_implementation=asked)
     assert model.config._attn_implementation == "sdpa"
 
 

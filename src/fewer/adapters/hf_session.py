@@ -46,15 +46,17 @@ class Run:
         if not (config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]):
             raise FewerError("use_cache is off, so there is no cache to compress; leave it on inside fewer.compress")
         past = given = kwargs.get("past_key_values")
-        if past is None or (type(past) is cache_utils.DynamicCache and past.get_seq_length() == 0):
+        offloaded = getattr(past, "offloading", False)
+        if past is None or (type(past) is cache_utils.DynamicCache and not offloaded and past.get_seq_length() == 0):
             past = kwargs["past_key_values"] = Cache.within(self._host, self._policy)
             kwargs["use_cache"] = True
             if any(getattr(layer, "record_past", False) for layer in getattr(given, "layers", ())):
                 past.activate_past_recording()  # as the one that `generate` made was
         if not isinstance(past, Cache):
+            kind = f"{type(past).__name__}{' with offloading' if offloaded else ''}"
             raise UnsupportedModel(
-                f"past_key_values is a {type(past).__name__} that fewer did not make; inside fewer.compress leave it "
-                f"out, or pass fewer.Cache(...)"
+                f"past_key_values is a {kind} that fewer did not make; inside fewer.compress leave it and "
+                f"cache_implementation out, or pass fewer.Cache(...)"
             )
         logits = kwargs.get("logits_to_keep")
         if given is not None and isinstance(logits, int) and logits > 0:  # `generate` names both
