@@ -26,7 +26,6 @@ def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *wor
     """Exit code, stdout and stderr of `fewer WORDS`."""
     monkeypatch.setattr("sys.argv", ["fewer", *words])
     monkeypatch.setattr(cli, "out", cli.Console(width=140))
-    monkeypatch.setattr(cli, "err", cli.Console(stderr=True, width=140))
     with pytest.raises(SystemExit) as left:
         cli.main()
     out, err = capfd.readouterr()

@@ -26,7 +26,7 @@ class Out(Console):
 
 
 out = Out(width=None if sys.stdout.isatty() else 140)  # in a pipe, wide enough for the tables
-err = Console(stderr=True)
+err = Console(stderr=True, soft_wrap=True)  # a line that a program or a person searches stays one line
 
 Json = Annotated[bool, typer.Option("--json", help="End with one line of JSON and print nothing else to stdout.")]
 ModelName = Annotated[str, typer.Option("--model", help="A path, a hub name, or 'default'.")]
