@@ -326,6 +326,8 @@ def test_a_share_of_the_flops_is_met(method: str, schedule: str) -> None:
         ([0.5, 0.5], "2 entries"),
         ([0.5, 0.6, 0.4, 0.4], "rises"),
         ([0.5, 0, 0.4, 0.4], "neither a share nor a count"),
+        ([30, 20, 10, 1], "1 means everything"),
+        ([1, 30, 20, 10], "write 1.0 for everything"),
         ("0.05 flops", "cannot be met"),
     ],
 )
@@ -343,6 +345,16 @@ def test_merging_in_pairs_cannot_leave_next_to_nothing() -> None:
     with fewer.compress(encoder("dinov2"), "random", keep=0.03) as run:
         assert output(encoder("dinov2"), inputs("dinov2")).shape[1] == 1 + 2
     assert run.trace[-1].went == 3
+
+
+@pytest.mark.filterwarnings("ignore:this cannot make the encoder faster")
+@pytest.mark.parametrize("method", ["random", "tome", "topk", "dpc-knn"])
+def test_a_text_of_one_token_passes_whole(method: str) -> None:
+    model, given = encoder("bert"), {"input_ids": torch.tensor([[7]])}
+    plain = output(model, given)
+    with fewer.compress(model, method, keep=0.5) as run:
+        assert torch.equal(output(model, given), plain)
+    assert run.kept.tolist() == [[0]] and run.flops == 1
 
 
 def test_a_setting_that_cannot_gain_is_said() -> None:

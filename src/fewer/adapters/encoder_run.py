@@ -218,7 +218,7 @@ class Run:
             raise UnsupportedModel("float16 on a CPU: attention there loses accuracy and time; use float32 or bfloat16")
         padding = padding_of(options, b, n, x.device)
         prefix = self.prefix if self.grid is None else n - self.grid[0] * self.grid[1]
-        if not 0 <= prefix < n or (self.counted and prefix != self.prefix):
+        if not 0 <= prefix <= n or (self.counted and prefix != self.prefix):
             raise UnsupportedModel(
                 f"this encoder has {n} tokens for a grid of {self.grid} patches, and says that {self.prefix} are others"
             )
@@ -231,7 +231,7 @@ class Run:
             for layer in range(len(self.blocks)):
                 came = left
                 if layer in places:
-                    left = prefix + max(1, math.ceil(shares[places.index(layer)] * (n - prefix) - 1e-9))
+                    left = min(n, prefix + max(1, math.ceil(shares[places.index(layer)] * (n - prefix) - 1e-9)))
                 ends.append((left if getattr(setting.method, "before", False) else came, left))
             return self.cost.share(ends, n)
 

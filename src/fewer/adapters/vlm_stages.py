@@ -97,7 +97,8 @@ class Stages:
         starts = [float(had), *ends]
         if any(b > a for a, b in pairwise(starts)):
             raise BudgetError(
-                f"keep={[one.keep for one in self.budgets or ()]}: a stage cannot leave more than it gets"
+                f"keep={[one.keep for one in self.budgets or ()]}: a stage cannot leave more than it gets (1 and "
+                "1.0 both mean everything)"
             )
         return [
             max(1, math.ceil(starts[i] * (ends[i] / starts[i]) ** e - 1e-9)) if e < 1 else math.ceil(ends[i] - 1e-9)

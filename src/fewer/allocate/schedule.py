@@ -62,6 +62,11 @@ class Schedule:
                     raise BudgetError(f"keep={list(self.keep)!r}: {one!r} is neither a share nor a count; {HINT}")
                 if isinstance(one, float):
                     _share(one, self.keep)
+            if any(type(one) is int and one == 1 for one in self.keep) and any(one > 1 for one in self.keep):
+                raise BudgetError(
+                    f"keep={list(self.keep)!r}: 1 means everything, as 1.0 does, and beside counts it may be taken for "
+                    "one token: write 1.0 for everything, and counts from 2 on"
+                )
         elif isinstance(self.keep, bool) or not isinstance(self.keep, (int, float)):
             raise BudgetError(f"keep={self.keep!r} cannot be read; {HINT}")
         else:
