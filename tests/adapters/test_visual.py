@@ -323,6 +323,44 @@ def test_only_visual_entries_leave_the_cache() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", ["llava", "smolvlm"])
+def test_a_total_over_layers_is_of_a_row_s_own_scores(family: str) -> None:
+    """A row of a batch keeps, in every layer and head, what it keeps by itself."""
+    case = vlms.FAMILIES[family]()
+    inputs = case.inputs([1, 1])
+    with fewer.compress(case.model, "kvzip", keep=4, only="visual") as run:
+        case.model(**inputs)
+        both = [layer.kept for layer in run.report.cache.layers]
+        for row in range(2):
+            case.model(**case.row(inputs, row))
+            assert [layer.kept[0] for layer in run.report.cache.layers] == [kept[row] for kept in both]
+    assert len({heads for kept in both for heads in kept}) > 2, "uneven, or this shows nothing"
+
+
+@torch.no_grad()
+def test_compact_positions_where_a_row_has_no_picture() -> None:
+    case = vlms.llava()
+    inputs = case.inputs([0, 1])
+    alone = {name: inputs[name][:1, inputs["attention_mask"][0].bool()] for name in ("input_ids", "attention_mask")}
+    with fewer.compress(case.model, "uniform", keep=9, positions="compact") as run:
+        got = case.model(**inputs).logits[0, -1]
+    assert [len(row) for row in run.kept] == [0, 1]
+    torch.testing.assert_close(got, case.model(**alone).logits[0, -1], atol=CLOSE, rtol=0)
+
+
+@torch.no_grad()
+def test_hidden_states_are_of_the_tokens_that_each_layer_read() -> None:
+    case = vlms.llava()
+    inputs = case.inputs([1])
+    text = int((inputs["input_ids"] != vlms.IMAGE).sum())
+    with fewer.compress(case.model, ["uniform", "pyramiddrop"], keep=0.25) as run:
+        states = case.model(**inputs, output_hidden_states=True).hidden_states
+    read = run.report.read
+    assert read[0] < 36 and read[-1] < read[0]
+    assert [one.shape[1] - text for one in states] == [read[0], *read[:-1], 36], "the last is spread out again"
+
+
+@torch.no_grad()
 def test_a_cache_that_waits_for_decoding_takes_in_what_went_on() -> None:
     """It is not cut when the prompt was read: what follows goes on from tokens that have gaps between them."""
     case = vlms.llava()
@@ -422,6 +460,8 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"method": "snapkv", "per": "picture"}, FewerError, "add only='visual'"),
     ({"schedule": "linear"}, FewerError, "means nothing for visual tokens"),
     ({"when": "decode"}, FewerError, "cache's method"),
+    ({"method": ["fastv", "kvzip"]}, FewerError, "'kvzip' has the model read on .* and fastv leaves some layers"),
+    ({"method": ["random", "fastv", "dapq"]}, FewerError, "'dapq' has the model read on .* and random . fastv"),
     (
         {"method": ["fastv", "h2o"], "when": "decode"},
         FewerError,

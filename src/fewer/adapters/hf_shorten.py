@@ -201,7 +201,7 @@ def _cache_of(things: Any) -> Any:
 
 def _shorten(
     index: int, names: tuple[str, ...], block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[()], dict[str, Any]] | None:
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Before a decoder layer: hand it the tokens that go on, and no others."""
     cache = _cache_of((*kwargs.values(), *args))
     if cache is None:
@@ -238,7 +238,8 @@ def _shorten(
     else:
         before = layer.keys.shape[2] if layer.is_initialized else 0
     given["attention_mask"] = passed.once((id(mask), before), mask, partial(passed.mask, mask, before, dtype))
-    return (), given
+    placed = names[: len(args)]  # others look at what a layer is given by its place, transformers' hidden states do
+    return tuple(given.pop(name) for name in placed), given
 
 
 def _arrived(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

@@ -47,7 +47,7 @@ class OnlyVisual:
 
     def allocate(self, tokens: Tokens, scores: Any, budget: Budget) -> Allocation:
         """Row by row, since rows differ in how much text they have."""
-        marked = tokens.signal(VisualEntries, Marked)
+        marked, every = tokens.signal(VisualEntries, Marked), tokens.signals.get(EveryLayer)
         rows = []
         for row, wanted in enumerate(marked.wanted):
             there = ~tokens.padding[row : row + 1]
@@ -61,6 +61,7 @@ class OnlyVisual:
                 protected=tokens.protected[row : row + 1],
                 mass=None if tokens.mass is None else tokens.mass[row : row + 1],
                 seen=tokens.seen[row : row + 1],
+                signals={**tokens.signals, **({} if every is None else {EveryLayer: every.row(row)})},
             )
             own = (
                 scores._replace(**{k: v[row : row + 1] for k, v in scores._asdict().items()})

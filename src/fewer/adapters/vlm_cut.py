@@ -138,7 +138,7 @@ class Cutter:
             k = longest
             states, self.deep = _gather(states, index), [_gather(one, index) for one in deep]
         cut = self._passed(columns, total, passed)
-        self._place(cut, states, given, after)
+        self._place(cut, states)
         left = sum(one.left for row in self.rows for one in row)
         self.counts[after + 1 :] = [float(left)] * (len(self.counts) - after - 1)
         cache.shared.witness = None
@@ -286,20 +286,19 @@ class Cutter:
             {} if before is None else dict(before.moved), set() if before is None else set(before.seen),
         )  # fmt: skip
 
-    def _place(self, cut: Passed, states: Tensor, given: dict[str, Any], after: int) -> None:
+    def _place(self, cut: Passed, states: Tensor) -> None:
         """Other positions than the old ones, where they were asked for: for this cut and all that follow."""
         if self.positions == "keep":
             return
         assert self.places is not None and self.turn is not None
         if self.positions == "compact":
-            visual = [torch.cat([one.columns for one in row]) for row in self.rows]
+            none = cut.columns[0, :0]  # of a row without pictures
+            visual = [torch.cat([none, *(one.columns for one in row)]) for row in self.rows]
             self.places, self.shift = compacted(self.places, cut.columns, visual)
         at = cut.columns.clamp(min=0)
         mine = self.places.gather(-1, at.expand(*self.places.shape[:-1], at.shape[-1]))
         axes = mine[-3:] if mine.ndim == 3 else mine  # the first of four rows numbers the tokens, for masks
         cut.moved = {"position_embeddings": self.turn(states, axes)}
-        if given.get("position_ids") is not None:
-            cut.moved["position_ids"] = given["position_ids"].gather(-1, at)
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:

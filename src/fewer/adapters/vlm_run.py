@@ -136,6 +136,7 @@ class Run:
             return None
         self.started = perf_counter()
         if cache.shared.cutter is None:  # it was loaded, or made by the user
+            _not_probing(self.stages, cache.shared.policy.method)
             cache.shared.policy = replace(cache.shared.policy, cutter=self.made)
             cache.shared.cutter = self.made()
         cutter, states = cache.shared.cutter, kwargs["inputs_embeds"]
@@ -225,6 +226,16 @@ def _kinds(methods: Sequence[Any], only: str | None) -> tuple[list[Method], Meth
     return (chosen[:-1], chosen[-1]) if caching else (chosen, None)
 
 
+def _not_probing(stages: Stages, caching: Method) -> None:
+    """Raise if the cache's method has the model read a prompt again whose visual tokens are cut."""
+    if stages.methods and not stages.whole and any(getattr(need, "probe", False) for need in caching.needs):
+        raise FewerError(
+            f"{name_of(caching)!r} has the model read on when a prompt was read, over all of its entries, and "
+            f"{' + '.join(map(name_of, stages.methods))} leaves some layers without them: name one of the two, or a "
+            "cache's method that does not, such as 'snapkv'"
+        )
+
+
 @contextmanager
 def session(model: Any, methods: Sequence[Any], asked: Asked) -> Iterator[Run]:
     """Shorten this model's visual tokens until the context is left."""
@@ -269,6 +280,7 @@ def session(model: Any, methods: Sequence[Any], asked: Asked) -> Iterator[Run]:
 
     inside: Method = resolve("full")
     if caching is not None and not stages.whole:
+        _not_probing(stages, caching)
         inside = OnlyVisual(caching)
     elif not stages.whole and any(getattr(one, "final", False) for one in cutting):
         inside = FinalSet()

@@ -55,7 +55,7 @@ class Stages:
             )
         if any(early(method) for method in methods[1:]):
             raise FewerError("a stage inside the vision tower, or on pixels, comes first, and there is one at most")
-        self.layers, self.per, self.counted = layers, per, counted
+        self.methods, self.layers, self.per, self.counted = tuple(methods), layers, per, counted
         stages = len(methods) + caching  # the cache's method comes last, and takes its share of what leaves
         if isinstance(keep, (list, tuple)):
             if len(keep) != stages:

@@ -85,6 +85,13 @@ class LayerScores:
 
     scores: tuple[Tensor, ...]
     _won: dict[tuple[int, int], Tensor] = field(default_factory=dict, compare=False)
+    _rows: dict[int, "LayerScores"] = field(default_factory=dict, compare=False)
+
+    def row(self, row: int) -> "LayerScores":
+        """Those of one row, as of a batch of one."""
+        if row not in self._rows:
+            self._rows[row] = LayerScores(tuple(layer[row : row + 1] for layer in self.scores))
+        return self._rows[row]
 
     def winners(self, row: int, total: int) -> Int[Tensor, "layers h"]:
         """How many of the `total` best of this row, over all layers and heads, each head has. Ties go to earlier
