@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import fewer
-from tests.adapters.common import ADA, FAMILIES, METHODS, MORE_METHODS, PAIRS, SNAP
+from tests.adapters.common import ADA, FAMILIES, METHODS, MORE_METHODS, PAIRS, SMALL, SNAP
 from tests.adapters.emulate import Twin, assert_close, columns, difference, kept_positions, ours
 from tests.tiny import prompt, tiny
 
@@ -72,6 +72,29 @@ def test_a_row_in_a_batch_is_the_row_alone(family: str, method: str, side: str) 
             for layer, mine in zip(together.kept[turn], alone.kept[turn], strict=True):
                 assert layer[row] == mine[0]
             assert_close(together.logits[turn][row], alone.logits[turn][0])
+
+
+@pytest.mark.parametrize(
+    ("method", "store"),
+    [(name, None) for name in MORE_METHODS] + [(name, SMALL["kivi"]) for name in METHODS],  # in-cache positions move
+)
+def test_rows_that_are_left_go_on_when_the_longest_has_gone(method: str, store: Any) -> None:
+    model, turns = tiny("llama"), conversation("left")
+    together = Talk(model, MORE_METHODS[method], 0.5, store=store)
+    together.turn(*turns[0])
+    left = torch.tensor([2, 1])
+    together.cache.batch_select_indices(left)
+    together.mask = together.mask[left]
+    for ids, real in turns[1:3]:
+        together.turn(ids[left], real[left])
+    for at, row in enumerate(left.tolist()):
+        alone = Talk(model, MORE_METHODS[method], 0.5, store=store)
+        for ids, real in turns[:3]:
+            there = real[row].bool()
+            alone.turn(ids[row, there][None], real[row, there][None])
+        for turn in (1, 2):
+            assert [layer[at] for layer in together.kept[turn]] == [layer[0] for layer in alone.kept[turn]]
+            assert_close(together.logits[turn][at], alone.logits[turn][0])
 
 
 def test_sums_stay_with_their_keys_where_nothing_was_dropped() -> None:

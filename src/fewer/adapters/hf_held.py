@@ -120,7 +120,11 @@ class Held(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
     @property
     def fixed(self) -> int:
         """Columns that are held packed, and stay."""
-        return sum(max(max(row) for row in part.counts) for part in self.coded)
+        return sum(self._widths()[: len(self.coded)])
+
+    def _widths(self) -> list[int]:
+        """Columns that each part and the tail take in storage."""
+        return [*(max(max(row) for row in part.counts) for part in self.parts), self.keys.shape[2]]
 
     @property
     def packed_counts(self) -> list[int]:
@@ -290,7 +294,7 @@ class Held(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
     def _rows(self, index: Tensor) -> None:
         if not self.is_initialized:
             return
-        at, rows = index.to(self.device), index.tolist()
+        at, rows, before = index.to(self.device), index.tolist(), self._widths()
         self.keys, self.values = self.keys[at], self.values[at]
         self.kept = None if self.kept is None else self.kept.rows(rows)
         self.coded = tuple(part.rows(rows) for part in self.coded)
@@ -300,6 +304,14 @@ class Held(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.waits = None if self.waits is None else self.waits.rows(at)
         for observer in self.observers.values():
             observer.rows(at)
+        if (after := self._widths()) != before:  # the row that held most has left
+            starts = [sum(before[:i]) for i in range(len(before))]
+            columns = torch.cat([
+                torch.arange(start + had - have, start + had, device=self.device)
+                for start, had, have in zip(starts, before, after, strict=True)
+            ])  # fmt: skip
+            for observer in self.observers.values():
+                observer.regather(columns.expand(len(rows), self.keys.shape[1], -1))
 
     def fork(self: H, shared: Shared) -> H:
         """A copy to go on from separately: nothing held is ever written to in place, so it can be shared."""
