@@ -94,17 +94,17 @@ def test_what_is_cropped_is_what_came_last() -> None:
     assert kept_positions(cache, 0) == [[[p for p in head if p < 35] for head in row] for row in before]
 
 
-@pytest.mark.parametrize("keep", [0.5, 1.0])
-def test_nothing_and_everything_can_be_cropped(keep: float) -> None:
+@pytest.mark.parametrize(("method", "keep"), [(SNAP, 0.5), (SNAP, 1.0), (StreamingLLM(), 0.5)])
+def test_nothing_and_everything_can_be_cropped(method: Any, keep: float) -> None:
     model = tiny("llama")
-    cache = fewer.Cache(model, SNAP, keep)
+    cache = fewer.Cache(model, method, keep)
     cached(model, cache, *turns())
     report = cache.report
     cache.crop(0)
     assert cache.report.layers == report.layers
     cache.crop(-1000)
     assert cache.get_seq_length() == 0
-    fresh = fewer.Cache(model, SNAP, keep)
+    fresh = fewer.Cache(model, method, keep)
     for got, want in zip(cached(model, cache, *turns()), cached(model, fresh, *turns()), strict=True):
         assert_close(got, want, within=1e-6)
 

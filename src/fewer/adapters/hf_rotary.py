@@ -42,7 +42,7 @@ class HostRotary:
         """Rotate `(b, h, n, d)` by positions `(b, n)` or `(b, h, n)`, or back; lengths and dtype are kept."""
         shape = x.shape
         if positions.ndim == 3:  # heads with positions of their own: treat them as rows
-            x, positions = x.reshape(-1, 1, *shape[-2:]), positions.reshape(-1, shape[-2])
+            x, positions = x.flatten(0, 1).unsqueeze(1), positions.flatten(0, 1)
         cos, sin = self._raw(positions)
         cos, sin = cos / self.scale, (-sin if back else sin) / self.scale
         return self.apply(x.float(), x[:, :1].float(), cos, sin)[0].to(x.dtype).view(shape)
