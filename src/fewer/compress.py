@@ -55,7 +55,10 @@ def _promised(method: Method, tokens: Tokens, counts: torch.Tensor, plan: Reduct
         raise FewerError(f"{name} was to keep {counts.tolist()} tokens and kept {plan.counts.tolist()}")
     if bool((tokens.protected & ~tokens.padding & (plan.assign < 0)).any()):
         most = int((tokens.protected & ~tokens.padding).sum(-1).max())
-        raise BudgetError(f"{name}: {most} tokens are protected, which is more than the budget lets stay")
+        raise BudgetError(
+            f"{name}: {most} tokens are protected, or packed already, at one place, which is more than keep lets stay "
+            f"there; ask for more, or for a share where more is to come"
+        )
     if plan.mass is not None:
         had = tokens.available if tokens.mass is None else tokens.mass.masked_fill(tokens.padding, 0).sum(-1)
         if bool((plan.mass.clamp(min=0).sum(-1) > had * (1 + 1e-5)).any()):
