@@ -8,6 +8,7 @@ import torch
 from transformers import AutoTokenizer
 
 import fewer
+from fewer.adapters.hf_surgery import packed
 from fewer.fit import wants
 from fewer.methods import METHODS, of_family
 from fewer.methods.kv.kivi import KIVI
@@ -58,7 +59,7 @@ def test_under_a_shared_prefill_is_compressing_in_line(name: str) -> None:
             want = model(more, past_key_values=own).logits
     assert shared.report.bytes_full == own.report.bytes_full
     for a, b in zip(shared.layers, own.layers, strict=True):
-        assert torch.equal(a.packed().positions, b.packed().positions)
+        assert torch.equal(packed(a).positions, packed(b).positions)
         assert [part.nbytes for part in a.parts] == [part.nbytes for part in b.parts]
     assert torch.allclose(got, want, atol=1e-4)
 

@@ -14,7 +14,7 @@ from weakref import finalize
 import torch
 from transformers import cache_utils
 
-from fewer.adapters import hf_save, hf_shorten, vlm_read
+from fewer.adapters import hf_save, hf_shorten, hf_surgery, vlm_read
 from fewer.adapters.hf_bind import Host
 from fewer.adapters.hf_decide import decide
 from fewer.adapters.hf_layer import Layer
@@ -263,7 +263,7 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
             )
         other = Cache.within(self.shared.host, policy)
         mine = self.shared.members
-        other._adopt([layer.fork(other.shared) if isinstance(layer, Layer) else copy(layer) for layer in self.layers])
+        other._adopt(self._forked(other.shared))
         theirs = other.shared.members
         for layer in theirs:
             layer.asked = ()
@@ -276,6 +276,10 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         other.shared.frozen = True
         return other
 
+    def _forked(self, shared: Shared) -> list[Any]:
+        """Its layers, to go on from separately in another cache."""
+        return [hf_surgery.fork(layer, shared) if isinstance(layer, Layer) else copy(layer) for layer in self.layers]
+
     def _adopt(self, layers: list[Any]) -> None:
         """Take these layers, made for this cache, in the place of its own."""
         self.layers = layers
@@ -285,7 +289,7 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         """The same cache, frozen, to go on from twice: it shares what is held so far, and what it reads is its own."""
         other = Cache.within(self.shared.host, self.shared.policy)
         other.shared.frozen, other.shared.notes = True, list(self.shared.notes)
-        other._adopt([layer.fork(other.shared) if isinstance(layer, Layer) else copy(layer) for layer in self.layers])
+        other._adopt(self._forked(other.shared))
         return other
 
     @staticmethod
@@ -307,7 +311,7 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         for index, layer in enumerate(first.layers):
             column = [cache.layers[index] for cache in caches]
             if isinstance(layer, Layer):
-                layers.append(Layer.stack(column, both.shared))
+                layers.append(hf_surgery.stack(column, both.shared))
             else:
                 layers.append(one := copy(layer))
                 one.keys = torch.cat([part.keys for part in column])

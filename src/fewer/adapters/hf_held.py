@@ -9,9 +9,8 @@ Columns count through all three, in this order.
 
 import time
 from collections.abc import Mapping
-from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,8 +22,6 @@ from fewer.ragged import Dense, Part, Ragged
 from fewer.report import LayerReport
 from fewer.signals import Observer, marked_last
 from fewer.types import Budget, FewerError, Phase, Plan, UnsupportedModel
-
-H = TypeVar("H", bound="Held")
 
 
 @dataclass(frozen=True)
@@ -120,9 +117,10 @@ class Held(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
     @property
     def fixed(self) -> int:
         """Columns that are held packed, and stay."""
-        return sum(self._widths()[: len(self.coded)])
+        return sum(self.widths[: len(self.coded)])
 
-    def _widths(self) -> list[int]:
+    @property
+    def widths(self) -> list[int]:
         """Columns that each part and the tail take in storage."""
         return [*(max(max(row) for row in part.counts) for part in self.parts), self.keys.shape[2]]
 
@@ -256,88 +254,7 @@ class Held(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    # --- changes that no method decides ---
-
-    def crop(self, tokens: int) -> None:
-        """Forget the last `-tokens` columns; a positive number is the length to crop to, as up to transformers 5.2."""
-        gone = min(-tokens if tokens < 0 else max(self.length - tokens, 0) if tokens else 0, self.length)
-        if not gone:
-            return
-        tail = self.keys.shape[2]
-        if gone > tail and self.coded:
-            raise FewerError(
-                f"crop({tokens}): only the {tail} tokens since the last compression can go, the others are held packed"
-            )
-        if gone > tail and any(real != self.length for real in self.real):
-            raise FewerError(
-                f"crop({tokens}): of a batch with padding only the {tail} tokens since the last compression can go"
-            )
-        lost = [gone] * len(self.real) if self.padding is None else (~self.padding[:, -gone:]).sum(1).tolist()
-        left = torch.tensor([real - count for real, count in zip(self.real, lost, strict=True)], device=self.device)
-        dense = self._dense()
-        if gone > tail:  # into what was packed
-            plan = Plan.keep(~dense.padding & (dense.positions < left.view(-1, 1, 1)))
-            columns = torch.arange(dense.positions.shape[2], device=self.device).expand_as(dense.positions)
-            if self.kept is not None and self.kept.placed is not None:  # close the gap that cropping left at the end
-                slots = torch.arange(plan.survivors.shape[2], device=self.device)
-                plan = replace(plan, moved=left.view(-1, 1, 1) - plan.counts.unsqueeze(-1) + slots)
-            index = self._carry_out(plan, dense, columns)
-        else:
-            b, h, n = dense.positions.shape
-            index = torch.arange(n - gone, device=self.device).expand(b, h, n - gone)
-            self.keys, self.values = self.keys[:, :, : tail - gone].clone(), self.values[:, :, : tail - gone].clone()
-            self.padding = None if self.padding is None else self.padding[:, : tail - gone].clone()
-        self.real, self.length = left.tolist(), self.length - gone
-        for observer in self.observers.values():
-            observer.regather(index)
-
-    def _rows(self, index: Tensor) -> None:
-        if not self.is_initialized:
-            return
-        at, rows, before = index.to(self.device), index.tolist(), self._widths()
-        self.keys, self.values = self.keys[at], self.values[at]
-        self.kept = None if self.kept is None else self.kept.rows(rows)
-        self.coded = tuple(part.rows(rows) for part in self.coded)
-        self.padding = None if self.padding is None else self.padding[at]
-        self.real = [self.real[row] for row in rows]
-        self.asked = tuple(self.asked[row] for row in rows) if self.asked else ()
-        self.waits = None if self.waits is None else self.waits.rows(at)
-        for observer in self.observers.values():
-            observer.rows(at)
-        if (after := self._widths()) != before:  # the row that held most has left
-            starts = [sum(before[:i]) for i in range(len(before))]
-            columns = torch.cat([
-                torch.arange(start + had - have, start + had, device=self.device)
-                for start, had, have in zip(starts, before, after, strict=True)
-            ])  # fmt: skip
-            for observer in self.observers.values():
-                observer.regather(columns.expand(len(rows), self.keys.shape[1], -1))
-
-    def fork(self: H, shared: Shared) -> H:
-        """A copy to go on from separately: nothing held is ever written to in place, so it can be shared."""
-        other = copy(self)
-        other.shared, other.observers, other.watched = shared, {}, {}
-        other.reads, other._held = (0, 0), 0
-        other._weigh()
-        return other
-
-    @staticmethod
-    def stack(parts: "list[H]", shared: Shared) -> H:
-        """The rows of several layers of one length as one batch, everything packed."""
-        one = parts[0].fork(shared)
-        one.asked, one.padding, one.coded = (), None, ()
-        one.kept = Ragged.stack([part.packed() for part in parts])
-        one.real = [real for part in parts for real in part.real]
-        h = one.keys.shape[1]
-        one.keys = one.keys.new_empty(len(one.real), h, 0, one.keys.shape[-1])
-        one.values = one.values.new_empty(len(one.real), h, 0, one.values.shape[-1])
-        return one
-
-    def packed(self) -> Ragged:
-        """Everything held, packed in full precision; the layer itself is left as it is."""
-        if self.kept is not None and not self.keys.shape[2] and not self.coded:
-            return self.kept
-        return Ragged.pack(self._dense(), moved=self.kept is not None and self.kept.placed is not None)
+    # --- what it says of itself ---
 
     def report(self) -> LayerReport:
         state: Literal["compressed", "whole"] = "compressed" if self.parts else "whole"

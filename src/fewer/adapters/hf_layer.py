@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fewer import attention
+from fewer.adapters import hf_surgery
 from fewer.adapters.hf_among import attend_among, takes_part
 from fewer.adapters.hf_bind import MARK
 from fewer.adapters.hf_decide import decide
@@ -87,14 +88,17 @@ class Layer(Held):  # type: ignore[no-untyped-call]
     def reset(self) -> None:
         self._clear()
 
+    def crop(self, tokens: int) -> None:
+        hf_surgery.crop(self, tokens)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._rows(beam_idx)
+        hf_surgery.choose(self, beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._rows(torch.arange(len(self.real)).repeat_interleave(repeats))
+        hf_surgery.choose(self, torch.arange(len(self.real)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._rows(torch.arange(len(self.real))[indices.cpu()])
+        hf_surgery.choose(self, torch.arange(len(self.real))[indices.cpu()])
 
     # --- what the attention function calls ---
 
