@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from fewer.adapters.hf_decide import look
 from fewer.compress import rate
 from fewer.types import UnsupportedModel
 
@@ -38,7 +39,7 @@ def attend_among(
         )
     (b, heads, q, d), h = query.shape, key.shape[1]
     start = layer._clock()
-    tokens, _, order = layer.look(method, "prefill")
+    tokens, _, order = look(layer, method, "prefill")
     plan = method.among(tokens, rate(method, tokens))
     plan.check(tokens.padding)
     there = plan.survivors >= 0

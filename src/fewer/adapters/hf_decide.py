@@ -1,4 +1,4 @@
-"""One decision, carried out: what layers hold -> scores -> plans -> what they hold from now on."""
+"""One decision, carried out: what layers hold -> scores -> plans -> what they hold from now on; its bytes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -9,11 +9,13 @@ from torch import Tensor
 
 from fewer.adapters.hf_policy import Policy
 from fewer.allocate.levels import Levels
-from fewer.codec import PairCodec
+from fewer.codec import Coded, PairCodec
 from fewer.compress import rate, settle
+from fewer.ragged import Dense
 from fewer.score.position import FORCED
 from fewer.signals import EveryLayer, LayerScores
-from fewer.types import Budget, BudgetError, Phase
+from fewer.signals.visual import VisualEntries
+from fewer.types import Budget, BudgetError, Method, Phase, Site, Tokens
 
 if TYPE_CHECKING:
     from fewer.adapters.hf_layer import Layer
@@ -30,10 +32,10 @@ def decide(sources: "Sequence[Layer]", targets: "Sequence[Layer]", phase: Phase)
         layer.due = phase
     if not policy.idle:
         start = sources[0]._clock()
-        beside = sum(source.beside(policy) for source in sources) * sources[0].shared.layers // len(sources)
-        cost = sources[0].cost(policy, beside)
+        beside = sum(_beside(source, policy) for source in sources) * sources[0].shared.layers // len(sources)
+        cost = _cost(sources[0], policy, beside)
         budget = policy.budget.within(cost)
-        looked = [source.look(policy.method, phase) for source in sources]
+        looked = [look(source, policy.method, phase) for source in sources]
         rated = [rate(policy.method, tokens) for tokens, _, _ in looked]
         every: dict[type, Any] = {EveryLayer: LayerScores(tuple(rated))}
         known = [replace(tokens, signals={**tokens.signals, **every}) for tokens, _, _ in looked]
@@ -43,7 +45,7 @@ def decide(sources: "Sequence[Layer]", targets: "Sequence[Layer]", phase: Phase)
             return [count for plan in plans for count in plan.counts.flatten().tolist()]
 
         packed = [count for source in sources for count in source.packed_counts]
-        budget = sources[0].fill(policy, budget, counts, packed, beside)
+        budget = _fill(sources[0], policy, budget, counts, packed, beside)
         _room(policy, budget, rated, cost)
         for target, tokens, (_, dense, order), scores in zip(targets, known, looked, rated, strict=True):
             plan = settle(policy.method, budget, tokens, scores)
@@ -97,3 +99,74 @@ def _couple(lower: "Layer", upper: "Layer", pairs: PairCodec) -> None:
     for layer, part in zip((lower, upper), pairs.encode_pair(lower.kept, upper.kept), strict=True):
         layer.coded, layer.kept = (*layer.coded, part), None
         layer._weigh()
+
+
+def look(layer: "Layer", method: Method, phase: Phase) -> tuple[Tokens, Dense, Tensor]:
+    """The place a method decides at, the rectangle its plan will speak of (padding first), and the column of
+    storage that each of its columns comes from."""
+    dense = layer._dense()
+    b, h, n = dense.positions.shape
+    order = torch.arange(n, device=layer.device).expand(b, h, n)
+    if bool((dense.padding[..., 1:] & ~dense.padding[..., :-1]).any()) or len(layer.parts) > 1:
+        # padding between real tokens, or tokens out of order: no part need be older than the next
+        rank = torch.where(dense.padding, -1, dense.positions)
+        order = rank.argsort(dim=-1, stable=True)
+        dense = dense.take(order)
+    signals: dict[type, Any] = {}
+    for need in method.needs:
+        value = layer.observers[need].value() if need in layer.observers else None
+        if isinstance(value, Tensor):  # a number for each key; keys that were not observed have none yet
+            value = torch.nn.functional.pad(value, (0, n - value.shape[-1])).gather(-1, order)
+        signals[type(need)] = value
+    if layer.shared.cutter is not None and any(isinstance(need, VisualEntries) for need in method.needs):
+        signals[VisualEntries] = layer.shared.cutter.entries(dense.positions)
+    tokens = Tokens(
+        features=dense.keys,
+        values=dense.values,
+        positions=dense.positions,
+        padding=dense.padding,
+        protected=(order < layer.fixed) & ~dense.padding,
+        seen=torch.tensor(layer.real, device=layer.device),
+        mass=dense.mass,
+        signals=signals,
+        site=Site(layer.place, layer.shared.layers, phase),
+    )
+    return tokens, dense, order
+
+
+def _beside(layer: "Layer", policy: Policy) -> int:
+    """Bytes that stay beside what tokens take by themselves: signals that wait for the next decoding step, and what
+    tokens that were packed forward by forward take more than if they had been packed at once."""
+    if policy.budget.size is None:
+        return 0
+    signals = [
+        observer.nbytes
+        for need, observer in layer.observers.items()
+        if need in policy.method.needs and not need.key_bytes and (observer.lasting or policy.covers("decode"))
+    ]
+    store, d, e, size = policy.stores[0], layer.keys.shape[-1], layer.values.shape[-1], layer.keys.element_size()
+    if store is None:
+        return sum(signals)
+    coded = sum(sum(part.payload) for part in layer.coded if isinstance(part, Coded))
+    return sum(signals) + coded - sum(store.bytes_for(count, d, e, size) for count in layer.packed_counts)
+
+
+def _cost(layer: "Layer", policy: Policy, beside: int) -> Callable[[int], int]:
+    """Bytes of so many tokens in all rows, heads and layers, with their metadata, and what stays beside them."""
+    b, h, _, d = layer.keys.shape
+    e, size, places = layer.values.shape[-1], layer.keys.element_size(), b * h * layer.shared.layers
+    return lambda tokens: int(places * policy.bytes_for(tokens, d, e, size)) + beside
+
+
+def _fill(
+    layer: "Layer",
+    policy: Policy,
+    budget: Budget,
+    counts: Callable[[Budget], list[int]],
+    packed: list[int],
+    beside: int,
+) -> Budget:
+    """More tokens than that where the bytes that were asked for have room; see `Policy.fill`."""
+    b, h, _, d = layer.keys.shape
+    e, size, places = layer.values.shape[-1], layer.keys.element_size(), b * h * layer.shared.layers
+    return policy.fill(budget, counts, max(layer.real), d, e, size, places=places, packed=packed, beside=beside)

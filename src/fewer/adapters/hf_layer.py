@@ -20,14 +20,13 @@ from fewer.adapters.hf_bind import MARK
 from fewer.adapters.hf_decide import decide
 from fewer.adapters.hf_held import Held, Waiting
 from fewer.adapters.hf_passed import Passed
-from fewer.adapters.hf_policy import Policy
 from fewer.adapters.hf_read import read
 from fewer.adapters.hf_shorten import pass_on
-from fewer.codec import Coded, unpacked
-from fewer.ragged import Dense, runs
+from fewer.codec import unpacked
+from fewer.ragged import runs
 from fewer.signals import Step
 from fewer.signals.visual import VisualEntries
-from fewer.types import Budget, FewerError, Method, Phase, Site, Tokens, UnsupportedModel
+from fewer.types import FewerError, Phase, UnsupportedModel
 
 
 class Layer(Held):  # type: ignore[no-untyped-call]
@@ -289,65 +288,3 @@ class Layer(Held):  # type: ignore[no-untyped-call]
             query, positions, padding, dense, scaling, softcap, host.rotary,
             place=self.place, hidden=host.hidden.pop(self.index, None), output=partial(host.output, self.index),
         )  # fmt: skip
-
-    def look(self, method: Method, phase: Phase) -> tuple[Tokens, Dense, Tensor]:
-        """The place a method decides at, the rectangle its plan will speak of (padding first), and the column of
-        storage that each of its columns comes from."""
-        dense = self._dense()
-        b, h, n = dense.positions.shape
-        order = torch.arange(n, device=self.device).expand(b, h, n)
-        if bool((dense.padding[..., 1:] & ~dense.padding[..., :-1]).any()) or len(self.parts) > 1:
-            # padding between real tokens, or tokens out of order: no part need be older than the next
-            rank = torch.where(dense.padding, -1, dense.positions)
-            order = rank.argsort(dim=-1, stable=True)
-            dense = dense.take(order)
-        signals: dict[type, Any] = {}
-        for need in method.needs:
-            value = self.observers[need].value() if need in self.observers else None
-            if isinstance(value, Tensor):  # a number for each key; keys that were not observed have none yet
-                value = torch.nn.functional.pad(value, (0, n - value.shape[-1])).gather(-1, order)
-            signals[type(need)] = value
-        if self.shared.cutter is not None and any(isinstance(need, VisualEntries) for need in method.needs):
-            signals[VisualEntries] = self.shared.cutter.entries(dense.positions)
-        tokens = Tokens(
-            features=dense.keys,
-            values=dense.values,
-            positions=dense.positions,
-            padding=dense.padding,
-            protected=(order < self.fixed) & ~dense.padding,
-            seen=torch.tensor(self.real, device=self.device),
-            mass=dense.mass,
-            signals=signals,
-            site=Site(self.place, self.shared.layers, phase),
-        )
-        return tokens, dense, order
-
-    def beside(self, policy: Policy) -> int:
-        """Bytes that stay beside what tokens take by themselves: signals that wait for the next decoding step, and what
-        tokens that were packed forward by forward take more than if they had been packed at once."""
-        if policy.budget.size is None:
-            return 0
-        signals = [
-            observer.nbytes
-            for need, observer in self.observers.items()
-            if need in policy.method.needs and not need.key_bytes and (observer.lasting or policy.covers("decode"))
-        ]
-        store, d, e, size = policy.stores[0], self.keys.shape[-1], self.values.shape[-1], self.keys.element_size()
-        if store is None:
-            return sum(signals)
-        coded = sum(sum(part.payload) for part in self.coded if isinstance(part, Coded))
-        return sum(signals) + coded - sum(store.bytes_for(count, d, e, size) for count in self.packed_counts)
-
-    def cost(self, policy: Policy, beside: int = 0) -> Callable[[int], int]:
-        """Bytes of so many tokens in all rows, heads and layers, with their metadata, and what stays beside them."""
-        b, h, _, d = self.keys.shape
-        e, size, places = self.values.shape[-1], self.keys.element_size(), b * h * self.shared.layers
-        return lambda tokens: int(places * policy.bytes_for(tokens, d, e, size)) + beside
-
-    def fill(
-        self, policy: Policy, budget: Budget, counts: Callable[[Budget], list[int]], packed: list[int], beside: int
-    ) -> Budget:
-        """More tokens than that where the bytes that were asked for have room; see `Policy.fill`."""
-        b, h, _, d = self.keys.shape
-        e, size, places = self.values.shape[-1], self.keys.element_size(), b * h * self.shared.layers
-        return policy.fill(budget, counts, max(self.real), d, e, size, places=places, packed=packed, beside=beside)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from fewer.adapters.hf_bind import MARK, Host
+from fewer.adapters.hf_decide import look
 from fewer.adapters.hf_passed import Passed
 from fewer.compress import rate
 from fewer.signals import marked_last
@@ -45,7 +46,7 @@ def pass_on(layer: "Layer", padding: Tensor | None, q: int) -> None:
     if after is None or layer.place != after(shared.layers) or layer.index == last:
         return
     start = layer._clock()
-    tokens, _, _ = layer.look(method, "prefill")
+    tokens, _, _ = look(layer, method, "prefill")
     scores = rate(method, tokens)
     (b, h, n), device = tokens.positions.shape, scores.device
     padding = torch.zeros(b, q, dtype=torch.bool, device=device) if padding is None else padding
