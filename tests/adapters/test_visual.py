@@ -728,3 +728,31 @@ def test_methods_that_count_positions_along_a_row_refuse_multimodal_ones() -> No
     with fewer.compress(case.model, "knorm", keep=0.5) as run:  # and others serve it
         case.model(**case.inputs([1]))
     assert run.report.kept < 0.55
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("method", "more"), [("knorm", {"only": "visual"}), ("uniform", {"positions": "compact"}), ("mustdrop", {})]
+)
+@pytest.mark.parametrize("rows", [[1, 0], [1], [0, 0, 1, 1]], ids=["reordered", "one left", "repeated"])
+def test_what_is_known_of_rows_goes_with_them(method: str, more: dict[str, Any], rows: list[int]) -> None:
+    case, index = vlms.llava(), torch.tensor(rows)
+    inputs = case.inputs([1, 2])
+    ids = torch.randint(3, 80, (2, 4), generator=torch.Generator().manual_seed(0))
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(ids)], 1)
+    with fewer.compress(case.model, method, keep=9, **more):
+        cache = case.model(**inputs).past_key_values
+        plain, fork = copy.deepcopy(cache), cache.fork()
+        want = case.model(input_ids=ids, attention_mask=mask, past_key_values=plain).logits
+        again = case.model(input_ids=ids, attention_mask=mask, past_key_values=fork).logits
+        torch.testing.assert_close(again, want, atol=CLOSE, rtol=0)
+        if rows == [0, 0, 1, 1]:
+            cache.batch_repeat_interleave(2)
+        elif len(rows) == 1:
+            cache.batch_select_indices(index)
+        else:
+            cache.reorder_cache(index)
+        got = case.model(input_ids=ids[index], attention_mask=mask[index], past_key_values=cache).logits
+    torch.testing.assert_close(got, want[index], atol=CLOSE, rtol=0)
+    for mine, theirs in zip(cache.report.layers, plain.report.layers, strict=True):
+        assert mine.kept == tuple(theirs.kept[row] for row in rows)

@@ -263,7 +263,7 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
             )
         other = Cache.within(self.shared.host, policy)
         mine = self.shared.members
-        other._adopt(self._forked(other.shared))
+        self._lend(other)
         theirs = other.shared.members
         for layer in theirs:
             layer.asked = ()
@@ -276,9 +276,11 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         other.shared.frozen = True
         return other
 
-    def _forked(self, shared: Shared) -> list[Any]:
-        """Its layers, to go on from separately in another cache."""
-        return [hf_surgery.fork(layer, shared) if isinstance(layer, Layer) else copy(layer) for layer in self.layers]
+    def _lend(self, other: "Cache") -> None:
+        """All that it holds, and knows of its rows, to another cache: both go on separately."""
+        layers, shared = self.layers, other.shared
+        other._adopt([hf_surgery.fork(layer, shared) if isinstance(layer, Layer) else copy(layer) for layer in layers])
+        shared.cutter = deepcopy(self.shared.cutter)
 
     def _adopt(self, layers: list[Any]) -> None:
         """Take these layers, made for this cache, in the place of its own."""
@@ -289,7 +291,7 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         """The same cache, frozen, to go on from twice: it shares what is held so far, and what it reads is its own."""
         other = Cache.within(self.shared.host, self.shared.policy)
         other.shared.frozen, other.shared.notes = True, list(self.shared.notes)
-        other._adopt(self._forked(other.shared))
+        self._lend(other)
         return other
 
     @staticmethod

@@ -100,3 +100,7 @@ class Cutter(Protocol):
     def entries(self, positions: Tensor) -> Any:
         """The signal `VisualEntries` for a layer's entries at these positions of their rows."""
         ...
+
+    def choose(self, rows: Tensor) -> None:
+        """The cache holds these rows from now on."""
+        ...

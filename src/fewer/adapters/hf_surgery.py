@@ -65,6 +65,8 @@ def choose(layer: Held, index: Tensor) -> None:
     layer.waits = None if layer.waits is None else layer.waits.rows(at)
     for observer in layer.observers.values():
         observer.rows(at)
+    if layer.place == 0 and layer.shared.cutter is not None:  # what it knows of rows is of all layers
+        layer.shared.cutter.choose(at)
     if (after := layer.widths) == before:
         return
     # the row that held most has left, and with it the columns that only it filled: the first of a part

@@ -131,6 +131,12 @@ class Books:
             new = ~gone[real[row]]
             self.final[row] = torch.cat([self.final[row][: len(self.final[row]) - len(new)], new])
 
+    def choose(self, rows: list[int]) -> None:
+        """These rows, in this order, once or several times each."""
+        if self.visual:
+            self.visual, self.final = [self.visual[row] for row in rows], [self.final[row] for row in rows]
+            self.wanted = [self.wanted[row] for row in rows]
+
     def entries(self, positions: Tensor) -> Marked:
         """Those at these positions `(b, h, n)`; -1 is none."""
         longest = max(map(len, self.visual))

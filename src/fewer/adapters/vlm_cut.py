@@ -94,6 +94,11 @@ class Cutter:
             self.books.settle(~self.padding, self.rows)
         return self.books.entries(positions)
 
+    def choose(self, rows: Tensor) -> None:
+        """The cache holds these rows from now on."""
+        self.books.choose(rows.tolist())
+        self.shift = None if self.shift is None else self.shift[rows]
+
     def finish(self) -> None:
         """That forward is over."""
         self.pictures = [[replace(one, views={}) for one in row] for row in self.rows]
