@@ -347,6 +347,11 @@ def test_merging_in_pairs_cannot_leave_next_to_nothing() -> None:
     assert run.trace[-1].went == 3
 
 
+def test_full_is_held_to_its_budget_too() -> None:
+    with pytest.raises(BudgetError, match="full keeps all 37: ask"), fewer.compress(encoder("dinov2"), "full", 0.5):
+        output(encoder("dinov2"), inputs("dinov2"))
+
+
 @pytest.mark.filterwarnings("ignore:this cannot make the encoder faster")
 @pytest.mark.parametrize("method", ["random", "tome", "topk", "dpc-knn"])
 def test_a_text_of_one_token_passes_whole(method: str) -> None:

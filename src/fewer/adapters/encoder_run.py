@@ -26,6 +26,7 @@ from fewer.adapters.encoder_setting import Setting
 from fewer.adapters.encoder_state import State
 from fewer.compress import step
 from fewer.cost import Encoder
+from fewer.methods.any.full import Full
 from fewer.restorers import restore
 from fewer.signals.heads import Attended, Heads
 from fewer.types import (
@@ -279,9 +280,12 @@ class Run:
         left = (~state.padding).sum(-1).tolist()
         above = [(a, have) for a, have in zip(asked, left, strict=True) if a < have]
         if above and getattr(self.setting.method, "exact", True):
+            keep, (few, have) = self.setting.schedule.keep, above[0]
+            if isinstance(self.setting.method, Full):
+                raise BudgetError(f"keep={keep!r} is to leave {few} tokens, and full keeps all {have}: ask for 1.0")
             raise BudgetError(
-                f"keep={self.setting.schedule.keep!r} is to leave {above[0][0]} tokens, and {above[0][1]} could not be "
-                "brought down to it: tokens join in pairs, and too few may; ask for more, or take a method that prunes"
+                f"keep={keep!r} is to leave {few} tokens, and {have} could not be brought down to it: tokens join in "
+                "pairs, and too few may; ask for more, or take a method that prunes"
             )
         if self.flops > WORTH and not self.setting.schedule.whole:
             warnings.warn(

@@ -33,7 +33,7 @@ def decide(sources: "Sequence[Layer]", targets: "Sequence[Layer]", phase: Phase)
     if not policy.idle:
         start = sources[0]._clock()
         beside = sum(_beside(source, policy) for source in sources) * sources[0].shared.layers // len(sources)
-        cost = _cost(sources[0], policy, beside)
+        cost = cost_of(sources[0], policy, beside)
         budget = policy.budget.within(cost)
         looked = [look(source, policy.method, phase) for source in sources]
         rated = [rate(policy.method, tokens) for tokens, _, _ in looked]
@@ -151,7 +151,7 @@ def _beside(layer: "Layer", policy: Policy) -> int:
     return sum(signals) + coded - sum(store.bytes_for(count, d, e, size) for count in layer.packed_counts)
 
 
-def _cost(layer: "Layer", policy: Policy, beside: int) -> Callable[[int], int]:
+def cost_of(layer: "Layer", policy: Policy, beside: int) -> Callable[[int], int]:
     """Bytes of so many tokens in all rows, heads and layers, with their metadata, and what stays beside them."""
     b, h, _, d = layer.keys.shape
     e, size, places = layer.values.shape[-1], layer.keys.element_size(), b * h * layer.shared.layers

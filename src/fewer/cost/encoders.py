@@ -53,7 +53,7 @@ def of_encoder(
         now = min(now, budgets[layer].count(tokens)) if layer in budgets else now
         left.append(now)
     if isinstance(method, Full) and left[-1] < tokens:
-        raise BudgetError(f"keep={keep!r} is to leave {left[-1]} tokens, and {method} keeps all {tokens}: ask for 1.0")
+        raise BudgetError(f"keep={keep!r} is to leave {left[-1]} tokens, and full keeps all {tokens}: ask for 1.0")
     if getattr(method, "floor", False):  # `keep` is the least that stays
         left = [tokens] * depth
     blocks_read = ends(left)

@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 import fewer
 from fewer import fit as fits
+from fewer.adapters.hf_decide import cost_of
 from fewer.attention import attend
 from fewer.fit import Fit, fingerprint
 from fewer.methods.kv.razorattention import RazorAttention
@@ -343,7 +344,7 @@ def test_bytes_are_counted_with_their_masses(keep: Any) -> None:
     if keep == "60KB":
         assert 59_000 <= report.bytes_kept <= 60_000
     entries = sum(sum(layer.kept[0]) for layer in report.layers)
-    assert entries == 6 * Budget.parse(keep).within(cache.layers[0].cost(cache.shared.policy)).count(120)
+    assert entries == 6 * Budget.parse(keep).within(cost_of(cache.layers[0], cache.shared.policy, beside=0)).count(120)
     assert sum(layer.metadata for layer in report.layers) == 8 * entries
 
 

@@ -21,7 +21,6 @@ class Full:
 
     card: ClassVar[Card] = Card(source="the host's own cache", faithfulness="own", mechanism="keep")
     needs: ClassVar[frozenset[object]] = frozenset()
-    exact: ClassVar[bool] = False  # nobody holds it to a budget
 
     def score(self, tokens: Tokens) -> Tensor:
         return torch.zeros_like(tokens.positions, dtype=torch.float32)
