@@ -112,7 +112,10 @@ def tables(rows: list[Row]) -> str:
 def losers(rows: list[Row]) -> str:
     """Who does worse than random or evenly spaced tokens at the same keep, and where."""
     text = rows[0].task == "text"
-    cell = {(row.method, row.keep_asked, row.question): -(row.kl_bits or 0.0) if text else row.quality for row in rows}
+    cell = {  # rounded: means of the same samples, taken in different orders, differ in the last digit
+        (row.method, row.keep_asked, row.question): round(-(row.kl_bits or 0.0) if text else row.quality, 9)
+        for row in rows
+    }
     found: dict[str, list[str]] = defaultdict(list)
     for (name, keep, question), mine in cell.items():
         beaten = [each for each in ("random", "uniform") if mine < cell.get((each, keep, question), mine)]
@@ -155,9 +158,9 @@ def found_table(rows: list[Row]) -> str:
 def text_table(rows: list[Row]) -> str:
     """Bits lost a token on running text, KL from the full cache, at every keep."""
     cell = {(row.method, row.keep_asked): row for row in rows}
-    names = sorted({row.method for row in rows}, key=lambda name: next(
+    names = sorted({row.method for row in rows}, key=lambda name: (next(
         cell[name, k].kl_bits or 0.0 for k in (0.25, 1.0, *KEEPS) if (name, k) in cell
-    ))  # fmt: skip
+    ), name))  # fmt: skip
     n = min(row.n for row in rows)
     lines = [
         f"**running text, {rows[0].tokens:,} tokens, n = {n}: KL to the full cache, bits a token**", "",

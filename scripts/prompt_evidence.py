@@ -76,7 +76,7 @@ def tables(lines: Sequence[Line]) -> str:
         heads += ["numbers", "negations", "identifiers", *(["parses"] if full.parses is not None else []), "s"]
         rows = [f"**{name}: {setting.description}, {full.tokens_before:.0f} tokens{whole}**", ""]
         rows += [f"| method | n | {' | '.join(heads)} |", "|" + " --- |" * (len(heads) + 2)]
-        for method in sorted(worth, key=lambda method: -worth[method]):
+        for method in sorted(worth, key=lambda method: (-round(worth[method], 9), method)):
             whole_of = cell.get((method, 1.0))  # "full" is one row, whatever the budget
             pairs = [(cell.get((method, keep), whole_of), what) for keep in KEEPS for what in ("answered", "needed")]
             figures = [share(getattr(line, what, None)) for line, what in pairs]

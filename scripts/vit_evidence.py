@@ -191,9 +191,11 @@ def tables(rows: Sequence[Score]) -> str:
         if not mine:
             continue
         cell = {(row.method, row.keep): row for row in mine}
-        known = sorted({row.method for row in mine}, key=lambda name: -sum(
-            cell[name, keep].quality for keep in KEEPS if (name, keep) in cell
-        ))  # fmt: skip
+        quality = {
+            name: sum(cell[name, keep].quality for keep in KEEPS if (name, keep) in cell)
+            for name in {row.method for row in mine}
+        }
+        known = sorted(quality, key=lambda name: (-round(quality[name], 9), name))
         full = cell.get(("full", 1.0))
         parts.append(
             f"**{title}, n = {mine[0].n}" + (f"; all tokens: {full.quality:.3f}" if full else "") + "**\n\n"

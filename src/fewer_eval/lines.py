@@ -75,9 +75,10 @@ def budget(asked: float | int | str) -> str:
 
 
 def quality_of(line: Line) -> float:
-    """Mean quality with the question unseen; below any score where it was not measured, so that it sorts last."""
+    """Mean quality with the question unseen; below any score where it was not measured, so that it sorts last. Rounded,
+    since (0.1 + 0.2) / 2 is more than 0.3 / 2 and no method is worse for that."""
     value = line.mean("quality", "unseen")
-    return -1.0 if value is None else value
+    return -1.0 if value is None else round(value, 9)
 
 
 def best_of(lines: Iterable[Line]) -> dict[str, list[Line]]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 from matplotlib import rcParams
@@ -306,6 +307,16 @@ def test_the_summary_names_the_best_and_who_loses_to_random() -> None:
 def test_the_summary_names_nobody_when_nobody_loses() -> None:
     rows = make_rows(METHODS | {"snapkv": (0.5, 0.61, 0.18)})
     assert summary(rows).endswith("No method falls below random selection.")
+
+
+def test_as_good_as_random_is_not_worse_by_the_last_digit() -> None:
+    def two(method: str, needle: float, variables: float) -> list[Row]:
+        return [row(method, "needle", "unseen", 0.5, needle), row(method, "variables", "unseen", 0.5, variables)]
+
+    rows = [*two("random", 0.2, 0.4), *two("snapkv", 0.1, 0.5), *two("adakv", 0.4, 0.2)]
+    assert fmean([0.1, 0.5]) < fmean([0.2, 0.4])
+    assert summary(rows).endswith("0.300 at keep 0.5 (adakv, snapkv). No method falls below random selection.")
+    assert "Worse than random" in summary([*two("random", 0.2, 0.4), *two("snapkv", 0.1, 0.49)])
 
 
 def test_the_summary_says_what_it_cannot_know() -> None:
