@@ -22,7 +22,7 @@ from numbers import Real
 from typing import Any
 
 from fewer.tuning.examples import Example
-from fewer.tuning.losses import resolve_loss
+from fewer.tuning.losses import OWN, resolve_loss
 from fewer.types import FewerError
 
 BETS = tuple(2.0**-k for k in range(1, 8))
@@ -106,6 +106,11 @@ class Monitor:
                 f"say what is promised: Monitor(loss=0.02)"
             )
         given = {"loss": promise.loss, "confidence": promise.confidence, "measure": promise.measure, **settings}
+        if isinstance(given["measure"], str) and given["measure"].startswith(OWN):
+            raise FewerError(
+                f"Monitor.of: the promise is of a loss of your own, {given['measure'].removeprefix(OWN)!r}; give a "
+                "function of both answers as measure="
+            )
         counted = given["measure"] == "wrong" and "measure" not in settings
         made = cls(**{**given, "measure": "changed"} if counted else given)
         notes = [

@@ -1,5 +1,6 @@
 """The whole search on a tiny model: what it finds holds together, it goes on where it stopped, and says why not."""
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,15 +11,16 @@ import pytest
 import torch
 
 import fewer
-from fewer.tuning import risk
+from fewer.tuning import dial, losses, risk
 from fewer.tuning.dial import tune
 from fewer.tuning.examples import Example
 from fewer.tuning.hosts import Answer, Texts
-from fewer.tuning.planfile import TunedPlan
+from fewer.tuning.planfile import Promise, TunedPlan
 from fewer.tuning.result import Tuned
 from fewer.tuning.setting import Setting
 from fewer.types import FewerError, UnknownName
 from tests.tuning.talking import examples, half, talker
+from tests.unit.test_types import unchecked
 
 ASKED: dict[str, Any] = {
     "loss": 0.7, "confidence": 0.8, "measure": half, "methods": ["knorm", "truncation"], "max_new_tokens": 4,
@@ -117,6 +119,27 @@ def test_a_record_of_something_else_is_refused(host: Texts, tmp_path: Path) -> N
         tune(host.model, examples(16), host=host, record=record / "below.jsonl", **ASKED)
 
 
+def test_a_record_is_of_one_way_of_reading(host: Texts, tmp_path: Path) -> None:
+    record, asked = tmp_path / "answers.jsonl", {**ASKED, "levels": False}
+    tune(host.model, examples(16), processor=host.tokenizer, record=record, **asked)
+    templated = copy.deepcopy(host.tokenizer)
+    templated.chat_template = "{{ messages[0]['content'] }} !"
+    small = copy.deepcopy(host.model).to(torch.bfloat16)
+    counting = Counting(host.model, host.tokenizer, most=4)
+    for model, given, said in (
+        (host.model, {"processor": templated}, "reads"),
+        (small, {"processor": host.tokenizer}, "dtype"),
+        (host.model, {"processor": host.tokenizer, "host": counting}, "host"),
+    ):
+        with pytest.raises(FewerError, match=rf"another run \({said} differ\)"):
+            tune(model, examples(16), record=record, **given, **asked)
+
+
+def test_a_model_in_training_is_refused(host: Texts) -> None:
+    with pytest.raises(FewerError, match=r"in training mode and answers at random: call .eval\(\)"):
+        tune(copy.deepcopy(host.model).train(), examples(16), processor=host.tokenizer, **ASKED)
+
+
 def test_a_record_whose_first_line_was_cut_begins_anew(host: Texts, tmp_path: Path) -> None:
     asked = {**ASKED, "levels": False}
     for content in (b"", b'{"kind": "tune", "mod'):
@@ -132,7 +155,24 @@ def test_a_second_test_on_the_same_examples_says_so(host: Texts, tmp_path: Path)
     same = tune(host.model, examples(16), host=host, record=record, **asked)
     other = tune(host.model, examples(16), host=host, record=record, **{**asked, "loss": 0.75})
     assert not any("test number" in note for note in (*one.notes, *same.notes))
-    assert any("test number 2 on this record's calibration examples" in note for note in other.notes)
+    assert any("test number 2 on the same calibration examples" in note for note in other.notes)
+    assert one.test == same.test == 1 and other.test == 2
+    right = [replace(example, answers=("now right",)) for example in examples(16)]
+    corrected = tune(host.model, right, host=host, record=record, **asked)
+    named = tune(host.model, examples(16), host=host, record=record, **{**asked, "measure": "changed"})
+    assert corrected.test == 3 and (named.test == 4 or not named.sequence), "they too look at these examples again"
+    if other.chosen is not None:
+        other.plan().save(tmp_path / "plan.toml")
+        said = f"{TunedPlan.load(tmp_path / 'plan.toml')}"
+        assert "test number 2" in said and "test number 2" in other.promise
+    nothing = tune(host.model, examples(16), host=host, record=tmp_path / "new.jsonl", **{**asked, "measure": never})
+    assert nothing.test == 1
+    assert tune(host.model, examples(16), host=host, record=tmp_path / "new.jsonl", **asked).test == 1
+
+
+def never(full: str, said: str, example: Example) -> float:
+    """Nothing is ever lost, so that nothing is tested."""
+    return 0.0
 
 
 def test_where_there_is_nothing_to_lose_nothing_is_promised(host: Texts) -> None:
@@ -155,8 +195,9 @@ def test_a_full_disk_keeps_what_is_there(host: Texts, tmp_path: Path, monkeypatc
         return opened(self, mode, *args, **kwargs)
 
     monkeypatch.setattr(Path, "open", full)
+    two = Counting(host.model, host.tokenizer, most=4)
     with pytest.raises(FewerError, match=r"cannot be written \(No space left on device\); what is in it stays"):
-        tune(host.model, examples(16), host=host, record=record, **ASKED)
+        tune(host.model, examples(16), host=two, record=record, **ASKED)
     assert record.read_bytes() == before
 
 
@@ -193,13 +234,25 @@ def test_for_latency_seconds_are_counted(host: Texts) -> None:
         ({"measure": "sound"}, "known are changed, wrong, numbers"),
         ({"aim": "money"}, "memory, latency, tokens"),
         ({"methods": "knorm"}, "give a list of names"),
+        ({"methods": []}, r"methods=\[\]"),
+        ({"methods": [3]}, r"methods=\[3\]"),
+        ({"fit": "x.fit"}, "fit='x.fit'.: give a list of files"),
+        ({"loss": "0.02"}, "loss='0.02'.: it is a number"),
+        ({"confidence": None}, "confidence=None.: it is a number"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0.: give a whole number from 1 on"),
+        ({"record": 3}, "record=3.: give the path"),
         ({"host": None}, "give the model's tokenizer"),
         ({"loss": 0.02, "confidence": 0.95}, "40 examples are too few"),
     ],
 )
 def test_what_cannot_be_asked(host: Texts, asked: dict[str, Any], said: str) -> None:
     with pytest.raises((FewerError, UnknownName), match=said):
-        tune(host.model, examples(40), **{"host": host, **ASKED, **asked})
+        unchecked(dial).tune(host.model, examples(40), **{"host": host, **ASKED, **asked})
+
+
+def test_a_list_is_no_loss() -> None:
+    with pytest.raises(UnknownName, match=r"measure=\['wrong'\] is no loss; known are changed, wrong, numbers"):
+        unchecked(losses).resolve_loss(["wrong"])
 
 
 def test_examples_without_answers_are_named(host: Texts) -> None:
@@ -225,7 +278,21 @@ def test_a_loss_of_your_own(host: Texts) -> None:
         return float(len(said) > len(full))
 
     mine = tune(host.model, examples(16), host=host, **{**ASKED, "measure": longer, "levels": False})
-    assert mine.measure == "longer"
+    assert mine.measure == "own: longer"
+
+    def wrong(full: str, said: str, example: Example) -> float:
+        return longer(full, said, example)
+
+    bare = [replace(one, answers=()) for one in examples(16)]  # ours would need answers, this one has its own mind
+    asked = {**ASKED, "levels": False, "methods": ["knorm"]}
+    assert tune(host.model, bare, host=host, **{**asked, "measure": wrong}).measure == "own: wrong"
+    for odd in (lambda full, said: 0.0, lambda full, said, example: None):
+        with pytest.raises(FewerError, match="a loss takes the full model's answer, the other one, and the example"):
+            tune(host.model, bare, host=host, **{**asked, "measure": odd})
+    promise = Promise(0.1, 0.9, "own: wrong", 20, 0.0, 0.05, 4, 0.0)
+    with pytest.raises(FewerError, match="a loss of your own, 'wrong'"):
+        fewer.Monitor.of(TunedPlan(Setting(), promise=promise))
+    assert fewer.Monitor.of(TunedPlan(Setting(), promise=promise), measure="changed").loss == 0.1
 
 
 def test_questions_about_one_context_are_promised_as_one(host: Texts, tmp_path: Path) -> None:

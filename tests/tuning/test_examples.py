@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
+import fewer.tuning.examples
 from fewer.tuning import risk
 from fewer.tuning.examples import Example, by_context, gather, parts, read, says
 from fewer.types import FewerError
 from tests.tuning.talking import examples
+from tests.unit.test_types import unchecked
 
 
 def written(path: Path, *lines: Any) -> Path:
@@ -40,6 +42,7 @@ def test_what_is_read(tmp_path: Path) -> None:
         ("$31,250", "1,250", False), ("$1,250,000", "1,250", False), ("4.5", "4", False), ("a b  c", "B", True),
         ("C++ it is", "c++", True), ("C++x", "c++", True), ("(x)", "(x)", True), ("Straße", "STRASSE", True),
         ("東京都", "東京", True), ("naïveté", "naïve", False), ("x-ray", "ray", True), ("-4", "4", True),
+        ("4.5", ".5", False), ("a .5 b", ".5", True),
     ],
 )  # fmt: skip
 def test_an_answer_is_said_in_whole_words(text: str, answer: str, says_: bool) -> None:
@@ -90,6 +93,48 @@ def test_no_example_is_in_two_parts_or_twice() -> None:
     assert len(keys) == len(set(keys)) == 300
     assert (len(search), len(calibrate), len(check)) == (75, 195, 30)
     assert parts(many, 149, seed=3)[1] == calibrate and parts(many, 149, seed=4)[1] != calibrate
+
+
+def test_pictures_tie_what_is_asked_of_them_together(tmp_path: Path) -> None:
+    """Whatever the captions: a picture that is lost is lost with all its questions. Its copy is the same picture."""
+    for name in "abc":
+        (tmp_path / name).write_bytes(name.encode())
+    (tmp_path / "copy of a").write_bytes(b"a")
+    a, b, c, copied = (str(tmp_path / name) for name in ("a", "b", "c", "copy of a"))
+    pictures = [(a,), (b,), (c,), (copied,), (b, c)]
+    asked = [Example(f"caption {i}", "what?", images=images, line=i) for i, images in enumerate(pictures)]
+    assert [[one.line for one in group] for group in by_context(asked)] == [[0, 3], [1, 2, 4]]
+    assert asked[0].key != replace(asked[0], images=(b,)).key == replace(asked[0], images=(b,), line=9).key
+    before = asked[0].key
+    (tmp_path / "a").write_bytes(b"another picture")
+    assert replace(asked[0], line=0).key != before
+    captioned = [Example("look at this", "what?", images=(one,)) for one in (a, b, c)]
+    assert len(by_context(captioned)) == 3, "one instruction for all pictures ties nothing"
+
+
+def test_the_same_question_with_two_answers_is_refused() -> None:
+    twice = [Example("c", "q", ("A",), line=3), Example("c", "q", ("B",), line=9)]
+    others = [Example(f"c{i}", "q", ("A",), line=10 + i) for i in range(20)]
+    with pytest.raises(FewerError, match="lines 3 and 9 ask the same and expect different answers"):
+        parts([*twice, *others], 3, 0)
+    assert sum(map(len, parts([twice[0], replace(twice[0], line=9), *others], 3, 0))) == 21
+
+
+@pytest.mark.parametrize("fields", [{"answers": "blue"}, {"answers": (" ",)}, {"answers": (3,)}, {"images": "a.png"}])
+def test_an_example_made_by_hand_is_looked_at(fields: dict[str, Any]) -> None:
+    with pytest.raises(FewerError, match=r"give a tuple of texts"):
+        unchecked(fewer.tuning.examples).Example("c", "q", **fields)
+
+
+@pytest.mark.parametrize("data", [5, None, {"context": "c", "question": "q"}])
+def test_what_is_no_list_of_examples(data: Any) -> None:
+    with pytest.raises(FewerError, match="give a JSONL file, or a list of objects"):
+        unchecked(fewer.tuning.examples).gather(data)
+
+
+def test_a_byte_order_mark_is_no_content(tmp_path: Path) -> None:
+    (tmp_path / "marked.jsonl").write_bytes(b'\xef\xbb\xbf{"context": "c", "question": "q"}\n')
+    assert read(tmp_path / "marked.jsonl")[0].context == "c"
 
 
 def test_the_fewest_that_will_do() -> None:

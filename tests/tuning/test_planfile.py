@@ -23,7 +23,8 @@ PROMISE = Promise(0.02, 0.95, "wrong", 180, 0.0, 0.026, 30, 0.0)
 
 
 def made(model: object, setting: Setting = Setting(held=Held("knorm", 0.5))) -> TunedPlan:  # noqa: B008 - frozen
-    return TunedPlan(setting, "default", fingerprint(model), PROMISE, planfile.versions())  # type: ignore[arg-type]
+    name = fingerprint(model, answering=True)  # type: ignore[arg-type]
+    return TunedPlan(setting, "default", name, PROMISE, planfile.versions())
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,14 @@ def test_another_model_is_refused(tmp_path: Path, model: object) -> None:
     other = tiny("llama", num_hidden_layers=2)
     with pytest.raises(FewerError, match="is another one"), fewer.compress(other, str(tmp_path / "plan.toml")):
         pass
+    headed, turned = tiny("llama", tie_word_embeddings=False), tiny("llama", rope_theta=500.0)
+    plan = made(headed)
+    plan.check(headed)
+    torch.nn.init.normal_(headed.lm_head.weight)
+    for mine, other in ((plan, headed), (made(model), turned), (made(model), tiny("llama", rms_norm_eps=0.5))):
+        with pytest.raises(FewerError, match="is another one"):
+            mine.check(other)  # the same weights inside, and other answers
+    assert fingerprint(model) == fingerprint(turned) == fingerprint(turned.base_model), "a fit is for the weights"  # type: ignore[arg-type]
 
 
 def test_another_version_is_refused(tmp_path: Path, model: object) -> None:
@@ -91,6 +100,19 @@ def test_another_version_is_refused(tmp_path: Path, model: object) -> None:
     old.save(tmp_path / "plan.toml")
     with pytest.raises(FewerError, match=r"measured with fewer 0\.0\.1"):
         TunedPlan.load(tmp_path / "plan.toml")
+
+
+def test_a_date_may_lose_its_quotes(tmp_path: Path, model: object) -> None:
+    path = tmp_path / "plan.toml"
+    replace(made(model), made={**planfile.versions(), "date": "2026-01-01"}).save(path)
+    path.write_text(path.read_text().replace('"2026-01-01"', "2026-01-01"))
+    assert TunedPlan.load(path).promise == PROMISE, "it says the same"
+
+
+def test_what_is_no_text_cannot_be_written(tmp_path: Path, model: object) -> None:
+    with pytest.raises(FewerError, match=r"cannot be written \(surrogates not allowed\)"):
+        replace(made(model), model="odd\udcff").save(tmp_path / "plan.toml")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_edited_plan_has_no_promise(tmp_path: Path, model: object) -> None:

@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
+from numbers import Real
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,8 +24,8 @@ from fewer.tuning.clock import clock
 from fewer.tuning.examples import Example, by_context, gather, parts
 from fewer.tuning.hosts import Host, Pictures, Texts
 from fewer.tuning.journal import Journal
-from fewer.tuning.losses import Loss, lost, resolve_loss
-from fewer.tuning.planfile import versions
+from fewer.tuning.losses import Loss, lost, name_of, resolve_loss
+from fewer.tuning.planfile import again, versions
 from fewer.tuning.profile import search
 from fewer.tuning.result import Measured, Tuned, Worst
 from fewer.tuning.search import Bench, Tick, best, ladder, plausible, promise, race
@@ -93,10 +94,9 @@ def tune(
     """
     start = time.perf_counter()
     counted, examples = resolve_loss(measure), gather(data)
-    named = measure if isinstance(measure, str) else getattr(measure, "__name__", "a loss of your own")
+    named = name_of(measure)
+    _arguments(methods, fit, max_new_tokens, record)
     choosing, calibrating, held_out = parted(examples, loss, confidence, named, seed)
-    if isinstance(methods, str):
-        raise FewerError(f"tune(methods={methods!r}): give a list of names")
     if processor is None and host is None:
         raise FewerError("tune(processor=None): give the model's tokenizer, or a vision-language model's processor")
     reads = "pictures" if vlm_layout.is_vlm(model) else "texts"
@@ -113,9 +113,12 @@ def tune(
             + ("with the question; leave unseen out" if unseen else "before the question is read; say unseen=True")
         )
     made.check([*choosing, *calibrating, *held_out])
-    fingerprint = fits.fingerprint(model)
+    if getattr(model, "training", False):
+        raise FewerError(f"tune: this {type(model).__name__} is in training mode and answers at random: call .eval()")
+    fingerprint = fits.fingerprint(model, answering=True)
     about = {
-        "model": fingerprint, "unseen": unseen, "max_new_tokens": max_new_tokens, "seed": seed,
+        "model": fingerprint, "dtype": str(getattr(model, "dtype", None)), "host": type(made).__name__,
+        "reads": _reads(processor), "unseen": unseen, "max_new_tokens": max_new_tokens, "seed": seed,
         "fits": sorted(one.digest for one, _ in fitted), "versions": versions(),
     }  # fmt: skip
     bench = Bench(made, counted, Journal(None if record is None else Path(record), about), aim, tick=tick)
@@ -135,7 +138,9 @@ def tune(
     full = bench.measured(Setting(), choosing)
     stake = fmean(lost(counted, bench.answer(one, Setting()).text, "", one) for one in choosing)
     rungs = ladder(bench, found, full, choosing) if stake > loss else []
-    notes += _again(bench, rungs, calibrating, loss, confidence)
+    test = _test(bench, rungs, calibrating, [loss, confidence, named]) if rungs else 1
+    if test > 1:
+        notes.append(f"{again(test)}; for a promise of this one, calibrate with examples of its own")
     sequence, passed = promise(bench, rungs, calibrating, loss, confidence)
     chosen = sequence[passed - 1].setting if passed else None
     held: Measured | None = None
@@ -156,13 +161,14 @@ def tune(
         )
     else:
         why = _why(found, sequence, tried, aim)
+    called = name or getattr(model, "name_or_path", "") or type(model).__name__
     return Tuned(
-        model=name or type(model).__name__, aim=aim, loss=loss, confidence=confidence, measure=named, chosen=chosen,
+        model=called, aim=aim, loss=loss, confidence=confidence, measure=named, chosen=chosen,
         why=why, fingerprint=fingerprint, unseen=unseen, max_new_tokens=max_new_tokens, stake=stake, full=full,
         searched=tuple(found), sequence=tuple(sequence), held=held, budgets=budgets, history=history, worst=worst,
         notes=tuple(notes), seed=seed, date=date.today().isoformat(),
         parts={"search": len(choosing), "calibration": len(calibrating), "held out": len(held_out)},
-        contexts=len(by_context(calibrating)), seconds=time.perf_counter() - start, versions=versions(),
+        contexts=len(by_context(calibrating)), test=test, seconds=time.perf_counter() - start, versions=versions(),
     )  # fmt: skip
 
 
@@ -170,6 +176,9 @@ def parted(
     examples: Sequence[Example], loss: float, confidence: float, measure: str, seed: int
 ) -> tuple[list[Example], list[Example], list[Example]]:
     """The examples' parts; what cannot be promised with them is said here, before a model is needed."""
+    for name, value in (("loss", loss), ("confidence", confidence)):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise FewerError(f"tune({name}={value!r}): it is a number in (0, 1)")
     if not 0 < loss < 1:
         raise FewerError(
             f"tune(loss={loss!r}): it is a mean loss in (0, 1), such as 0.02; 0 cannot be promised from examples"
@@ -184,18 +193,33 @@ def parted(
     return parts(examples, risk.needed(loss, 1 - confidence), seed)
 
 
-def _again(
-    bench: Bench, rungs: Sequence[Measured], examples: Sequence[Example], loss: float, confidence: float
-) -> list[str]:
-    """What to say where these calibration examples were tested before with something else: they are no new evidence."""
-    test = [loss, confidence, [one.setting.key for one in rungs], sorted(example.key for example in examples)]
-    number = bench.journal.test(hashlib.sha256(json.dumps(test).encode()).hexdigest())
-    if number == 1:
-        return []
-    return [
-        f"this is test number {number} on this record's calibration examples: the confidence is that of the first. For "
-        f"a promise of this one, calibrate with examples of its own"
-    ]
+def _arguments(methods: Any, fit: Any, max_new_tokens: Any, record: Any) -> None:
+    named = methods is None or (isinstance(methods, (list, tuple)) and all(isinstance(one, str) for one in methods))
+    if not named or (methods is not None and not methods):
+        raise FewerError(f"tune(methods={methods!r}): give a list of names")
+    if isinstance(fit, (str, Path)):
+        raise FewerError(f"tune(fit={fit!r}): give a list of files")
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise FewerError(f"tune(max_new_tokens={max_new_tokens!r}): give a whole number from 1 on")
+    if record is not None and not isinstance(record, (str, Path)):
+        raise FewerError(f"tune(record={record!r}): give the path of a file")
+
+
+def _reads(processor: Any) -> str:
+    """A digest of how texts and pictures become tokens: templates, vocabulary, sizes."""
+    parts = [processor, getattr(processor, "tokenizer", None), getattr(processor, "image_processor", None)]
+    said = [str(getattr(part, "chat_template", None)) for part in parts]
+    said += [part.backend_tokenizer.to_str() for part in parts if hasattr(part, "backend_tokenizer")]
+    said += [part.to_json_string() for part in parts[2:] if hasattr(part, "to_json_string")]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+
+
+def _test(bench: Bench, rungs: Sequence[Measured], examples: Sequence[Example], asked: list[Any]) -> int:
+    """Which test this is of those on these calibration examples: they are no new evidence for a second. A loss of your
+    own is told from another by its name."""
+    told = sorted((example.key, *example.answers) for example in examples)
+    test = json.dumps([asked, [one.setting.key for one in rungs], told])
+    return bench.journal.test(hashlib.sha256(test.encode()).hexdigest())
 
 
 def _joined(bench: Bench, found: list[Measured], examples: Sequence[Example], asked: float) -> list[Measured]:

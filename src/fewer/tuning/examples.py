@@ -24,6 +24,9 @@ class Example:
 
     `images` are picture files, for models that see; `task` tells kinds of examples apart in reports; `line` is where it
     stood.
+
+    Raises:
+        FewerError: `answers` is no tuple of texts that say something; an empty one would be found in every answer.
     """
 
     context: str
@@ -33,6 +36,11 @@ class Example:
     task: str = ""
     line: int = 0
 
+    def __post_init__(self) -> None:
+        for name, texts in (("answers", self.answers), ("images", self.images)):
+            if not isinstance(texts, tuple) or not all(isinstance(one, str) and one.strip() for one in texts):
+                raise FewerError(f"Example({name}={texts!r}): give a tuple of texts, such as ('blue',)")
+
     def score(self, said: str) -> float:
         """The share of the expected strings that an answer says, see `says`."""
         return sum(says(said, answer) for answer in self.answers) / len(self.answers)
@@ -40,8 +48,18 @@ class Example:
     @cached_property
     def key(self) -> str:
         """The same for examples that ask the same."""
-        said = json.dumps([self.context, self.question, self.images])
+        said = json.dumps([self.context, self.question, self.pictures])
         return hashlib.sha256(said.encode()).hexdigest()[:16]
+
+    @cached_property
+    def pictures(self) -> tuple[str, ...]:
+        """What is in the picture files, and not what they are called; names of those that cannot be read."""
+        return tuple(map(_seen, self.images))
+
+    @property
+    def stands_on(self) -> tuple[str, ...]:
+        """What examples that stand and fall together share: any picture, or without pictures the context."""
+        return self.pictures or (self.context,)
 
 
 def says(text: str, answer: str) -> bool:
@@ -49,11 +67,15 @@ def says(text: str, answer: str) -> bool:
 
     >>> says("It is Blue.", "blue"), says("I do not know.", "no"), says("31,250", "1,250"), says("4.5", "4")
     (True, False, False, False)
+    >>> says("4.5", ".5"), says("about .5", ".5")
+    (False, True)
     >>> says("東京都です", "東京")
     True
     """
     answer = answer.strip().casefold()
     before, after = _edge(answer[0], r"(?<![{0}])", r"(?<!\d[.,])"), _edge(answer[-1], r"(?![{0}])", r"(?![.,]\d)")
+    if regex.match(r"[.,]\d", answer):
+        before = r"(?<!\d)"
     return regex.search(f"{before}{regex.escape(answer)}{after}", text.casefold(), regex.V1) is not None
 
 
@@ -74,7 +96,7 @@ def read(path: str | Path) -> list[Example]:
     """
     path = Path(path)
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise FewerError(f"{path} is not UTF-8 text (byte {error.start})") from error
     except OSError as error:
@@ -91,6 +113,8 @@ def gather(data: str | Path | Iterable[Mapping[str, Any] | Example]) -> list[Exa
     """Examples out of a file, or of objects with the same fields."""
     if isinstance(data, (str, Path)):
         return read(data)
+    if isinstance(data, Mapping) or not isinstance(data, Iterable):
+        raise FewerError(f"tune(data={data!r}): give a JSONL file, or a list of objects with context, question, answer")
     found = []
     for number, one in enumerate(data, 1):
         where = f"data, example {number}"
@@ -101,10 +125,22 @@ def gather(data: str | Path | Iterable[Mapping[str, Any] | Example]) -> list[Exa
 
 
 def by_context(examples: Sequence[Example]) -> list[list[Example]]:
-    """Examples that share a context, or pictures, together, in the order in which they first come."""
-    groups: dict[tuple[str, tuple[str, ...]], list[Example]] = {}
+    """Examples that share a context, or a picture, together, in the order in which they first come: two that share
+    nothing may be tied by a third that shares something with each."""
+    tied: dict[str, str] = {}
+
+    def end(share: str) -> str:
+        while (next_ := tied.get(share, share)) != share:
+            share = next_
+        return share
+
     for example in examples:
-        groups.setdefault((example.context, example.images), []).append(example)
+        first, *more = map(end, example.stands_on)
+        for other in more:
+            tied[end(other)] = end(first)
+    groups: dict[str, list[Example]] = {}
+    for example in examples:
+        groups.setdefault(end(example.stands_on[0]), []).append(example)
     return list(groups.values())
 
 
@@ -117,7 +153,15 @@ def parts(examples: Sequence[Example], needed: int, seed: int) -> tuple[list[Exa
     Raises:
         FewerError: there are too few, which no setting could pass with.
     """
-    groups = by_context(list({example.key: example for example in examples}.values()))
+    different: dict[str, Example] = {}
+    for example in examples:
+        if set(different.setdefault(example.key, example).answers) != set(example.answers):
+            raise FewerError(
+                f"the examples in lines {different[example.key].line} and {example.line} ask the same and expect "
+                f"different answers ({', '.join(different[example.key].answers)!r}, {', '.join(example.answers)!r}): "
+                "leave one out, or expect both in one example"
+            )
+    groups = by_context(list(different.values()))
     order = random.Random(f"parts/{seed}").sample(groups, len(groups))
     least = needed + 2
     if len(order) < least:
@@ -163,6 +207,13 @@ def _of(where: str, number: int, fields: Any, folder: Path) -> Example:
         raise FewerError(f"{where}: answer is empty")
     found = tuple(str(folder / name) for name in images)
     return Example(fields.get("context", ""), fields["question"], answers, found, fields.get("task", ""), number)
+
+
+def _seen(path: str) -> str:
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError:  # who asks says so
+        return path
 
 
 def _strings(where: str, name: str, value: Any) -> tuple[str, ...]:

@@ -54,6 +54,9 @@ def numbers(full: str, said: str, example: Example) -> float:
     return lost / len(had) if had else 0.0
 
 
+OWN = "own: "
+"""Before the name of a loss that is not one of these."""
+
 LOSSES: dict[str, Loss] = {"changed": changed, "wrong": wrong, "numbers": numbers}
 
 
@@ -61,16 +64,30 @@ def resolve_loss(measure: str | Loss) -> Loss:
     """The loss of that name, or the function itself."""
     if callable(measure):
         return measure
-    if measure not in LOSSES:
+    if not isinstance(measure, str) or measure not in LOSSES:
         raise UnknownName(f"measure={measure!r} is no loss; known are {', '.join(LOSSES)}")
     return LOSSES[measure]
 
 
+def name_of(measure: str | Loss) -> str:
+    """What a loss is called in reports and plans. One of your own says so, also where it is called like one of ours."""
+    if isinstance(measure, str):
+        return measure
+    name = getattr(measure, "__name__", "a loss")
+    return name if LOSSES.get(name) is measure else f"{OWN}{name}"
+
+
 def lost(loss: Loss, full: str, said: str, example: Example) -> float:
     """A loss, held to [0, 1]."""
-    value = float(loss(full, said, example))
+    name = getattr(loss, "__name__", "the loss")
+    try:
+        value = float(loss(full, said, example))
+    except TypeError as why:  # what it takes, or gives, is not what it should
+        raise FewerError(
+            f"measure={name}: a loss takes the full model's answer, the other one, and the example, and gives a number "
+            f"({why})"
+        ) from why
     if not 0 <= value <= 1:  # nan fails this too
-        name = getattr(loss, "__name__", "the loss")
         raise FewerError(f"{name} gave {value} for example {example.line}; a loss lies in [0, 1]")
     return value
 

@@ -42,7 +42,8 @@ class Promise:
     `held_out` and `held_out_lost` are of examples that had no part in any choice. `unseen` says that contexts were
     compressed before the question was read; `max_new_tokens` is how long answers could be, greedy ones; `stake` is what
     an answer of nothing at all would have lost. `grouped` says that some examples shared a context: such a context
-    counts as one example, with the mean loss of its questions, and so it is in what is promised.
+    counts as one example, with the mean loss of its questions, and so it is in what is promised. `test` says which test
+    this was on these calibration examples: the confidence is that of the first.
     """
 
     loss: float
@@ -57,6 +58,7 @@ class Promise:
     max_new_tokens: int = 64
     stake: float = 1.0
     grouped: bool = False
+    test: int = 1
 
     def __str__(self) -> str:
         return (
@@ -65,6 +67,7 @@ class Promise:
             f"{self.held_out_lost:.4f} on {self.held_out} held out (an answer of nothing would lose {self.stake:.4f})"
             + ("; contexts were compressed before their questions were read" if self.unseen else "")
             + (f"; {ONCE}" if self.grouped else "")
+            + (f"; {again(self.test)}" if self.test > 1 else "")
         )
 
 
@@ -92,8 +95,9 @@ class TunedPlan:
         try:
             draft.write_text(_HEAD + tomlkit.dumps(said), encoding="utf-8")
             draft.replace(path)
-        except OSError as why:
-            raise FewerError(f"{path} cannot be written ({why.strerror}); nothing was changed") from None
+        except (OSError, UnicodeEncodeError) as why:  # half a surrogate pair, out of a name or a command line
+            reason = why.reason if isinstance(why, UnicodeEncodeError) else why.strerror
+            raise FewerError(f"{path} cannot be written ({reason}); nothing was changed") from None
         finally:
             with suppress(OSError):
                 draft.unlink()
@@ -161,7 +165,7 @@ class TunedPlan:
 
     def check(self, model: Any) -> None:
         """Raise `FewerError` if this is not the model that the plan is for."""
-        if self.fingerprint and (ours := fit.fingerprint(model)) != self.fingerprint:
+        if self.fingerprint and (ours := fit.fingerprint(model, answering=True)) != self.fingerprint:
             raise FewerError(
                 f"the plan is for {self.model or 'another model'} ({self.fingerprint[:12]}), and this "
                 f"{type(model).__name__} is another one ({ours[:12]}); {AGAIN} on this one"
@@ -209,6 +213,11 @@ class TunedPlan:
         return f"{self.setting}: {self.promise or 'nothing is promised'}"
 
 
+def again(test: int) -> str:
+    """What to say of a later test on the same examples: they are no new evidence."""
+    return f"this was test number {test} on the same calibration examples, and the confidence is that of the first"
+
+
 def is_plan(method: Any) -> bool:
     """Whether a name is that of a plan's file."""
     return isinstance(method, str) and method.endswith(".toml")
@@ -245,4 +254,4 @@ def _promise(path: Path, said: Any) -> Promise:
 
 
 def _digest(said: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()

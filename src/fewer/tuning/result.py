@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from fewer.tuning.planfile import ONCE, Promise, TunedPlan
+from fewer.tuning.planfile import ONCE, Promise, TunedPlan, again
 from fewer.tuning.setting import Setting
 from fewer.types import FewerError
 
@@ -52,7 +52,8 @@ class Tuned:
 
     `chosen` is the setting that may be used, or None where none passed: then `why` says what was in the way. `searched`
     was measured on the search part of the examples, `sequence` on the calibration part, in the order it was tested in
-    (those without a p-value were given up), of which `contexts` are different. `stake` is what an answer of nothing
+    (those without a p-value were given up), of which `contexts` are different; it was the record's `test`-th test on
+    them. `stake` is what an answer of nothing
     would lose. `held` is the chosen setting on examples that no choice has seen, `full` the model as it is. `budgets`
     holds, for each layer, the mean share that its heads kept, for the chosen setting, and where a search for levels was
     made, its `history` of the best fitness (bits a token between the full model's predictions and the compressed
@@ -79,6 +80,7 @@ class Tuned:
     worst: tuple[Worst, ...] = ()
     parts: Mapping[str, int] = field(default_factory=dict)
     contexts: int = 0
+    test: int = 1
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
     seed: int = 0
@@ -99,6 +101,7 @@ class Tuned:
             f"{self.chosen} is at most {self.loss:g}: it was {lost:.4f} on {n} calibration {said}, which had no "
             f"part in choosing the candidates. An answer of nothing at all would lose {self.stake:.4f}."
             + (f" {ONCE[0].upper()}{ONCE[1:]}." if self.grouped else "")
+            + (f" But {again(self.test)}." if self.test > 1 else "")
         )
 
     @property
@@ -117,7 +120,7 @@ class Tuned:
         tested = next(one for one in self.sequence if one.setting == self.chosen)
         promise = Promise(
             self.loss, self.confidence, self.measure, tested.n, tested.loss, float(tested.p or 0.0), self.held.n,
-            self.held.loss, self.unseen, self.max_new_tokens, self.stake, self.grouped,
+            self.held.loss, self.unseen, self.max_new_tokens, self.stake, self.grouped, self.test,
         )  # fmt: skip
         made = {"date": self.date, "command": self.command, **self.versions}
         return TunedPlan(self.chosen, self.model, self.fingerprint, promise, made)
