@@ -300,6 +300,51 @@ def test_chunks_of_a_prompt() -> None:
         with pytest.raises(FewerError, match="chunks inside a picture"):
             case.model.generate(**inputs, **never, prefill_chunk_size=20)
         assert torch.equal(whole, case.model.generate(**inputs, **never)), "and goes on as before"
+    with fewer.compress(case.model, "fastv", keep=9) as run:
+        with pytest.raises(MissingSignal, match="chunk of it that is read, ends with its picture"):
+            case.model.generate(**inputs, **never, prefill_chunk_size=39)
+        case.model.generate(**inputs, **never, prefill_chunk_size=40)
+        assert len(run.kept[0][0]) == 9
+
+
+ASKING = ("fastv", "pyramiddrop", "cmai", "mini-monkey", "sparsevlm", "mustdrop")
+
+
+@pytest.mark.parametrize("method", ASKING)
+@pytest.mark.parametrize("per", ["picture", "prompt"])
+@torch.no_grad()
+def test_nothing_asks_about_a_picture_that_ends_its_prompt(method: str, per: str) -> None:
+    """No token of the text sees it: of one row of a batch, too, or of the last of two pictures."""
+    case = vlms.llava()
+    picture, pixels = [vlms.IMAGE] * 36, case.inputs([2])["pixel_values"]
+    good = vlms.padded([[1, 5, *picture, 6], [1, *picture, 7, 8]]) | {"pixel_values": pixels}
+    own, name = case.model.config.text_config._attn_implementation, fewer.METHODS[method].__name__
+    before = case.model(**good).logits
+    with fewer.compress(case.model, method, keep=9, per=per) as run:
+        cut, kept = case.model(**good).logits[:, -1], run.kept
+    assert [len(one) for row in kept for one in row] == [9, 9], "one token after a picture is enough"
+    late = [[1, 5, *picture, 6, 7], [1, 8, *picture]], [[1, 5, 6, *picture], [1, *picture, 7]]
+    both = [[1, 5, *picture, 6, 7, 8, *picture]]
+    for rows in (*late, both):
+        for side in ("left", "right"):
+            bad = vlms.padded(rows, side) | {"pixel_values": pixels}
+            with fewer.compress(case.model, method, keep=9, per=per) as run:
+                with pytest.raises(MissingSignal, match=f"^{name} .* ends with its picture"):
+                    case.model(**bad)
+                assert torch.equal(case.model(**good).logits[:, -1], cut), "and goes on as before"
+                assert all(torch.equal(a[0], b[0]) for a, b in zip(run.kept, kept, strict=True))
+            assert torch.equal(case.model(**good).logits, before), "nothing is left changed"
+            assert case.model.config.text_config._attn_implementation == own
+
+
+@pytest.mark.parametrize("method", ["divprune", "uniform"])
+@torch.no_grad()
+def test_methods_that_ask_nothing_take_a_prompt_that_ends_with_its_picture(method: str) -> None:
+    case = vlms.llava()
+    rows = vlms.padded([[1, 5, *[vlms.IMAGE] * 36, 6, 7], [1, 8, *[vlms.IMAGE] * 36]])
+    with fewer.compress(case.model, method, keep=9) as run:
+        case.model(**rows, pixel_values=case.inputs([2])["pixel_values"])
+    assert [len(one) for row in run.kept for one in row] == [9, 9]
 
 
 @torch.no_grad()

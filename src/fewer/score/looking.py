@@ -8,10 +8,17 @@ from fewer.errors import MissingSignal
 from fewer.signals.visual import Looked
 
 
-def asking(looked: Looked) -> Int[Tensor, " r"]:
-    """The rows of the text tokens that ask: those after the first picture, or all where none comes after it."""
-    rows = looked.after.nonzero().flatten()
-    return rows if len(rows) else torch.arange(len(looked.after), device=looked.after.device)
+def asking(looked: Looked, method: object) -> Int[Tensor, " r"]:
+    """The rows of the text tokens that ask: those after all of these visual tokens, as no other sees each of them."""
+    rows = (looked.text > looked.visual.max()).nonzero().flatten()
+    if not len(rows):
+        raise MissingSignal(
+            f"{type(method).__name__} has the text after a picture ask about it, and none comes after this one: the "
+            "prompt, or the chunk of it that is read, ends with its picture. Put text after it, prefill without "
+            "prefill_chunk_size or in chunks that do not end there, or take a method that asks nothing, such as "
+            "'divprune' or 'uniform'"
+        )
+    return rows
 
 
 def ahead(scores: Float[Tensor, "1 n"], marked: Bool[Tensor, " n"]) -> Float[Tensor, "1 n"]:

@@ -199,14 +199,14 @@ class Looked:
 
     def attention(
         self,
-        rows: Int[Tensor, " r"] | slice = slice(-1, None),
+        rows: Int[Tensor, " r"],
         *,
         turned: bool = True,
         to: Int[Tensor, " c"] | None = None,
     ) -> Tensor:
-        """What each head's queries of these text tokens (the last one) give to the visual tokens, or to the columns
-        `to` of `key`: `(heads, r, n)`, of a softmax over all of the row's context that each of them sees.
-        `turned=False` leaves positions out."""
+        """What each head's queries of these text tokens give to the visual tokens, or to the columns `to` of `key`:
+        `(heads, r, n)`, of a softmax over all of the row's context that each of them sees. `turned=False` leaves
+        positions out."""
         query, key = (self.query, self.key) if turned else (self.plain_query, self.plain_key)
         first = 0 if turned else self.before
         query, at = query[:, rows].float(), self.text[rows] - first

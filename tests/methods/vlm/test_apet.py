@@ -72,6 +72,20 @@ def test_exact_counts(official: bool, count: int) -> None:
     assert isinstance(decide(method, place(30, features=WAVES), count), Transform) == official
 
 
+@pytest.mark.parametrize("noise", [0.0, 1e-3])
+@pytest.mark.parametrize("norm", [1.0, 1e2, 1e4])
+def test_blank_pictures(norm: float, noise: float) -> None:
+    """One of them says it all, however large it is, but for the noise."""
+    draw = torch.Generator().manual_seed(3)
+    one = torch.nn.functional.normalize(torch.randn(64, generator=draw), dim=0)
+    x = norm * (one + noise / 8 * torch.randn(49, 64, generator=draw))
+    for method in (ApET(), ApET(official=True)):
+        scores = method.score(place(49, features=x))[0]
+        assert scores.dtype == torch.float32
+        assert float(scores.max()) <= norm * (2 * noise + 1e-5)
+        assert len(kept(method, place(49, features=x), 12)) == 12
+
+
 def test_seeds() -> None:
     one, again, other = (ApET(basis=2, seed=seed).score(place(30, features=WAVES)) for seed in (0, 0, 5))
     assert torch.equal(one, again)

@@ -1,15 +1,19 @@
 """DART: pivots with great keys, and what is least like them."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+import fewer
 from fewer.errors import FewerError
 from fewer.methods.vlm.dart import DART
+from fewer.signals.visual import Looked
 from tests.methods.vlm.build import place, random
-from tests.methods.vlm.look import look
+from tests.methods.vlm.look import look, turned
 from tests.methods.vlm.run import kept, through
+from tests.vlms import FAMILIES
 
 
 def test_worked_example() -> None:
@@ -65,6 +69,50 @@ def test_as_the_authors(seed: int, found: list[int]) -> None:
     """Numbers of a port of their get_retained_image_token (4 + 4 pivots, one token each) on these keys and states."""
     tokens = place(20, features=random(1, 20, 8, seed=seed + 50), looked=look(20, seed=seed))
     assert kept(DART(), tokens, 12) == found
+
+
+@pytest.mark.parametrize("wide", [8, 4])
+def test_padding_before_a_row_changes_no_norm(wide: int) -> None:
+    """Seven places on, all keys are turned further; of some models in part, by tables that are scaled."""
+    plain = look(30, seed=8)
+    angle = torch.arange(39).unsqueeze(1) * 0.5 ** torch.arange(wide // 2)
+    features = random(1, 30, 8, seed=9)
+
+    def moved(by: int) -> Looked:
+        turns = torch.stack(
+            [torch.cat([one, one], -1) for one in ((angle + by * angle[1]).cos(), (angle + by * angle[1]).sin())]
+        )
+        turns = 1.3 * turns
+        key = torch.cat([turned(plain.plain_key[..., :wide], *turns), plain.plain_key[..., wide:]], -1)
+        return replace(plain, key=key, turns=turns)
+
+    alone, padded = (place(30, features=features, looked=moved(by)) for by in (0, 7))
+    norms = moved(0).key[:, plain.visual].abs().sum((0, 2))
+    assert torch.equal(DART().score(alone)[0], norms), "bit for bit those of the keys as they are"
+    torch.testing.assert_close(DART().score(padded)[0], norms)
+    assert kept(DART(), padded, 12) == kept(DART(), alone, 12)
+    later = replace(moved(7), before=3)  # of a later chunk, where it is not known how far the row was moved
+    as_it_is = later.key[:, plain.visual].abs().sum((0, 2))
+    assert torch.equal(DART().score(place(30, features=features, looked=later))[0], as_it_is)
+    assert not torch.allclose(as_it_is, norms)
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", "internvl", "smolvlm"])
+@torch.no_grad()
+def test_a_padded_row_is_the_row_alone(family: str) -> None:
+    """Where positions count the columns, padding and all, as a forward without a mask's positions has them."""
+    case = FAMILIES[family]()
+    for name, weights in case.model.named_parameters():
+        if "q_proj" in name or "k_proj" in name:
+            weights.mul_(15)
+    inputs = case.inputs([1, 1, 1])
+    with fewer.compress(case.model, DART(), keep=0.3) as run:
+        case.model(**inputs)
+    both = run.kept
+    for row in range(3):
+        with fewer.compress(case.model, DART(), keep=0.3) as run:
+            case.model(**case.row(inputs, row))
+        assert torch.equal(run.kept[0][0], both[row][0])
 
 
 def test_duplicates_and_extremes() -> None:

@@ -1,6 +1,6 @@
 """SparseVLM: raters among the words, and recycling inside the budget."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import pytest
@@ -44,6 +44,23 @@ def test_scores_against_plain_python(version: int) -> None:
     mean = [sum(row[j] for head in rated for row in head) / len(rated) / len(raters) for j in range(12)]
     found = SparseVLM(version=version, heads=2).score(place(12, features=features, looked=looked))
     torch.testing.assert_close(found[0], torch.tensor(mean), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_words_before_a_picture_do_not_rate_it(version: int) -> None:
+    """Three words stand between a first picture and this one, and are what its tokens are like."""
+    features = random(1, 12, 8, seed=6) + 4 * torch.eye(8)[0]
+    looked = look(12, seed=5)
+    looked = replace(looked, after=torch.ones(9, dtype=torch.bool))
+    between = looked.states.clone()
+    between[:3] = 4 * torch.eye(8)[0]
+    method = SparseVLM(version=version, heads=2)
+    found, alone = (
+        method.score(place(12, features=features, looked=one))
+        for one in (replace(looked, states=between), replace(looked, after=looked.text > 3))
+    )
+    assert bool(alone.any())
+    assert torch.equal(found, alone)
 
 
 FIRST = [

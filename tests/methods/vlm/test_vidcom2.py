@@ -71,6 +71,20 @@ def test_exact_counts(count: int) -> None:
         assert {i // 9 for i in found} == {0, 1, 2, 3}
 
 
+@pytest.mark.parametrize(
+    ("grids", "keep", "expected"),
+    [
+        ([(10, 10), (1, 1), (1, 1), (1, 1)], 5, [2, 1, 1, 1]),  # rounded shares alone give 4, 1, 0, 0
+        ([(10, 10), (1, 1), (1, 1), (1, 1)], 4, [1, 1, 1, 1]),
+        ([(6, 6), (6, 6), (1, 3)], 3, [1, 1, 1]),
+    ],
+)
+def test_a_small_frame_has_a_say(grids: list[tuple[int, int]], keep: int, expected: list[int]) -> None:
+    layout = lay(grids)
+    found = kept(VidCom2(), place(len(layout), d=16, layout=layout), keep)
+    assert torch.bincount(layout.crop[found], minlength=len(grids)).tolist() == expected
+
+
 def test_crops_and_copies() -> None:
     assert len(kept(VidCom2(), place(13, layout=lay([(3, 3), (2, 2)])), 5)) == 5
     assert len(kept(VidCom2(), place(8, features=torch.ones(8, 4), layout=video(2, 2, 2)), 3)) == 3

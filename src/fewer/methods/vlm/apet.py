@@ -10,7 +10,7 @@ It cuts before the first layer, and once more half-way down. Of the way to what 
 Differs from the paper: the random start of the basis has a seed. In the authors' code, which `official=True` follows,
 the ten kept tokens of least error make way for the basis itself, at their places, and take nothing in: first in the
 order of the picture, and half-way down in the order of errors. It works before the projector, and rounds to half
-precision; this is after it, in float32.
+precision; this is after it, the errors in float64.
 """
 
 import math
@@ -69,10 +69,11 @@ class ApET:
     def score(self, tokens: Tokens) -> Tensor:
         """The errors e."""
         x = tokens.features[0].float()
-        base = x[self._chosen(x)]
-        gram = base @ base.T + RIDGE * torch.eye(len(base), device=x.device)
+        chosen, x = self._chosen(x), x.double()  # beside large norms the ridge is lost in float32
+        base = x[chosen]
+        gram = base @ base.T + RIDGE * torch.eye(len(base), dtype=x.dtype, device=x.device)
         shares = torch.linalg.solve(gram, base @ x.T).T  # (n, basis)
-        errors: Tensor = (x - shares @ base).norm(dim=-1)
+        errors: Tensor = (x - shares @ base).norm(dim=-1).float()
         return errors.unsqueeze(0)
 
     def allocate(self, tokens: Tokens, scores: Tensor, budget: Budget) -> Allocation:

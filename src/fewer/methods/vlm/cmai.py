@@ -5,6 +5,8 @@ Visual-Language Models by Reducing Image Redundancy"): what no word is about is 
     F = T V                                 how much word i, and the words that it reads, look at token j
     s_j = max over i of F[i, j]
 
+The words are those after the picture; of several pictures, all that come after the one that is rated.
+
 Differs from the paper: there each pair (i, j) with a small F is masked, so that word i stops reading token j and tokens
 stay; here a token leaves if all of its pairs are among the small ones: exactly the tokens that masking would leave to
 nobody, at the threshold that meets the count. Other pairs are not masked. The layer is FastV's, as this was
@@ -52,7 +54,7 @@ class CMAI:
 
     def score(self, tokens: Tokens) -> Tensor:
         looked = tokens.signal(TextAttention, Looked)
-        rows = asking(looked)
+        rows = asking(looked, self)
         words = looked.attention(rows, to=looked.text[rows]).mean(0)  # (r, r)
         return (words @ looked.attention(rows).mean(0)).amax(0, keepdim=True)
 

@@ -5,7 +5,8 @@ a few pivots, and beside each of them the tokens that are least like it.
     chosen   pivot by pivot, those of the visual tokens not chosen yet whose states have the least cosine with its own,
              an equal number for each pivot; and the visual pivots themselves
 
-Keys are those of the layer before the cut, turned by their positions, as in the authors' code.
+Keys are those of the layer before the cut, turned by their positions, as in the authors' code; where padding comes
+first, by those that the row has alone.
 
 Differs from the paper: states are compared as they are, where the authors apply the language model's last norm first,
 whose weights stretch channels. Pivots take turns in the order of the prompt, where the authors' code takes the order of
@@ -23,7 +24,6 @@ from torch import Tensor
 from fewer.allocate.uniform import uniform
 from fewer.errors import FewerError
 from fewer.reduce.select import top_k
-from fewer.score.looking import asking
 from fewer.signals.visual import Looked, TextAttention
 from fewer.types import Allocation, Budget, Card, Plan, Tokens
 
@@ -72,7 +72,7 @@ class DART:
             return top_k(scores, allocation)
         looked, states = tokens.signal(TextAttention, Looked), tokens.features[0].float()
         own = scores[0].argsort(descending=True, stable=True)[: self.image].sort().values
-        rows = asking(looked)
+        rows = (looked.after | ~looked.after.any()).nonzero().flatten()  # all where none comes after a picture
         norms = _norms(looked, looked.text[rows])
         words = rows[norms.argsort(descending=True, stable=True)[: self.text].sort().values]
         pivots = F.normalize(torch.cat([states[own], looked.states[words].float()]), dim=-1)
@@ -87,5 +87,15 @@ class DART:
 
 
 def _norms(looked: Looked, columns: Tensor) -> Tensor:
-    """The L1 norms of these columns' keys, all heads as one."""
-    return looked.key[:, columns].float().abs().sum((0, 2))
+    """The L1 norms of these columns' keys, all heads as one.
+
+    A turn changes such a norm, so positions have to count from the row's first token, which padding before it may move:
+    then all keys are turned back by the place of that token. Of a later turn or chunk it is not known.
+    """
+    key = looked.key[:, columns].float()
+    if looked.turns is not None and not looked.before and bool(looked.turns[1, 0].any()):
+        cos, sin = looked.turns[:, 0]
+        x, rest = key[..., : len(cos)], key[..., len(cos) :]
+        half = torch.cat([-x[..., len(cos) // 2 :], x[..., : len(cos) // 2]], -1)
+        key = torch.cat([(x * cos - half * sin) / cos.hypot(sin), rest], -1)  # some models scale their tables
+    return key.abs().sum((0, 2))

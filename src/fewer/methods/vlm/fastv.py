@@ -3,7 +3,8 @@ last token hardly looks at.
 
     s_j = mean over heads of A[last token, j]     A: attention of layer K - 1, softmax over the whole context
 
-The visual tokens with the greatest s_j go on to layers K, K + 1, ..; they keep their positions.
+The visual tokens with the greatest s_j go on to layers K, K + 1, ..; they keep their positions. Of several pictures,
+all are asked about by the same token, the last of the text.
 
 Differs from the paper: the tokens are chosen once, when the prompt is read, as in the authors' later version with a
 cache; their first one chose anew at every decoding step. One row of attention is computed, not the whole map.
@@ -17,6 +18,7 @@ from torch import Tensor
 from fewer.allocate.uniform import uniform
 from fewer.errors import FewerError
 from fewer.reduce.select import top_k
+from fewer.score.looking import asking
 from fewer.signals.visual import Looked, TextAttention
 from fewer.types import Allocation, Budget, Card, Plan, Tokens
 
@@ -48,7 +50,8 @@ class FastV:
         return (self.layer - 1,)
 
     def score(self, tokens: Tokens) -> Tensor:
-        return tokens.signal(TextAttention, Looked).attention().mean(0)  # (1, n)
+        looked = tokens.signal(TextAttention, Looked)
+        return looked.attention(asking(looked, self)[-1:]).mean(0)  # (1, n)
 
     def allocate(self, tokens: Tokens, scores: Tensor, budget: Budget) -> Allocation:
         return uniform(tokens, budget)

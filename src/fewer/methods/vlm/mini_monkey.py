@@ -3,7 +3,8 @@ the language model picks which of their tokens are worth reading.
 
     s_j = mean over heads and queries of A[i, j]      j: a token of a fine crop
 
-The crop that shows the whole picture stays; of the fine crops, the tokens with the greatest s_j.
+The crop that shows the whole picture stays; of the fine crops, the tokens with the greatest s_j. Of several pictures,
+each is asked about by all text after it.
 
 Differs from the paper: written from descriptions of it, as the public code holds no compressor. The queries i are the
 text tokens that come after the picture; in the paper the tokens of the coarse views ask too. The rows are those of the
@@ -56,7 +57,7 @@ class MiniMonkey:
 
     def score(self, tokens: Tokens) -> Tensor:
         looked, layout = tokens.signal(TextAttention, Looked), tokens.signal(Places, Layout)
-        given = looked.attention(asking(looked)).mean((0, 1)).unsqueeze(0)
+        given = looked.attention(asking(looked, self)).mean((0, 1)).unsqueeze(0)
         return ahead(given, torch.isin(layout.crop, torch.tensor(layout.whole, device=layout.crop.device).long()))
 
     def allocate(self, tokens: Tokens, scores: Tensor, budget: Budget) -> Allocation:

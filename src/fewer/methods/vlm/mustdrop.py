@@ -8,6 +8,8 @@ word needs, but never what the tower holds to be the key.
             A: mean over heads, i: text after the picture; g = e = 0.001
     final   once the prompt is read, the first layers' caches are cut to the tokens that the last layer has
 
+Of several pictures, each is asked about by all text after it.
+
 Differs from the paper: thresholds become budgets. The paper merges windows above a cosine of 0.8; here as many as the
 count at the first cut wants, the last of them in part (its tokens most like its last), in larger windows where 3 x 3
 cannot meet it. At a later cut g and e are multiplied by the one factor that meets the count. Where the key set alone is
@@ -80,7 +82,7 @@ class MustDrop:
         if tokens.site.layer < 0:
             return torch.zeros_like(tokens.positions, dtype=torch.float32)  # windows are rated, not tokens
         looked, layout = tokens.signal(TextAttention, Looked), tokens.signal(Places, Layout)
-        given = looked.attention(asking(looked)).mean(0)  # (text, n)
+        given = looked.attention(asking(looked, self)).mean(0)  # (text, n)
         both = torch.maximum(given.sum(0) / given.sum() / self.total, given.amax(0) / self.single)
         seen = tokens.signal(Tower, TowerView).attention.mean(0)
         size = math.ceil(self.key * sum(h * w for h, w in layout.grids))

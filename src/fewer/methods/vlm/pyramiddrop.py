@@ -4,7 +4,8 @@ Reduction"): the deeper the layer, the fewer visual tokens it needs.
     s_j = mean over heads of A[last token of the prompt, j]     softmax over the whole context
 
 After a quarter, a half and three quarters of the layers the tokens with the least s_j leave, the same share each time:
-50, 25 and 12.5 % are left with the paper's numbers, which is keep=0.125 here.
+50, 25 and 12.5 % are left with the paper's numbers, which is keep=0.125 here. Of several pictures, all are asked about
+by the same token, the last of the text.
 
 Differs from the paper: A is the attention of the layer before a cut, which has been computed with all that were left
 then; the authors' code computes the next layer's row once more, from the same states. Tokens keep their positions,
@@ -19,6 +20,7 @@ from torch import Tensor
 from fewer.allocate.uniform import uniform
 from fewer.errors import FewerError
 from fewer.reduce.select import top_k
+from fewer.score.looking import asking
 from fewer.signals.visual import Looked, TextAttention
 from fewer.types import Allocation, Budget, Card, Plan, Tokens
 
@@ -49,7 +51,8 @@ class PyramidDrop:
         return tuple(sorted({max(0, int(share * layers) - 1) for share in self.stages}))
 
     def score(self, tokens: Tokens) -> Tensor:
-        return tokens.signal(TextAttention, Looked).attention().mean(0)  # (1, n)
+        looked = tokens.signal(TextAttention, Looked)
+        return looked.attention(asking(looked, self)[-1:]).mean(0)  # (1, n)
 
     def allocate(self, tokens: Tokens, scores: Tensor, budget: Budget) -> Allocation:
         return uniform(tokens, budget)

@@ -7,7 +7,7 @@ best is recycled.
 
 `version=2` (SparseVLM+) recycles nothing. It divides A by the product that an all-ones query and key would have between
 the same positions, before any softmax (far apart it may be negative, and is taken as it is), and takes the mean over
-the 14 heads whose raters then look at the picture most.
+the 14 heads whose raters then look at the picture most. Of several pictures, each has its raters in the text after it.
 
 Differs from the paper: counts come from the budget, not from a table, and the recycled tokens are inside them. Raters
 are found at each cut among the states there; the authors find them once, among the inputs of the first layer. A
@@ -66,7 +66,7 @@ class SparseVLM:
 
     def score(self, tokens: Tokens) -> Tensor:
         looked = tokens.signal(TextAttention, Looked)
-        rows = asking(looked)
+        rows = asking(looked, self)
         alike = tokens.features[0].float() @ looked.states[rows].float().T  # (n, t)
         worth = alike.softmax(-1).mean(0)
         above = worth > worth.mean()

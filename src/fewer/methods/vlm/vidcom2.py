@@ -5,7 +5,7 @@ and of every frame the tokens that are unlike it and the video.
     g(c)_i = sum over a of exp(-|x_i - c|^2 / 2a)            a = 1/8, 1/4, 1/2, 1, 2
     v_i    = g(mean of the video)_i     f_i = g(mean of its frame)_i
     r_t    = r * (1 + softmax over t of (-mean of v in frame t) / 0.01 - 1 / frames), at most 1
-    s_i    = -(v_i + f_i)                                    the best r_t of each frame stay
+    s_i    = -(v_i + f_i)                                    the best r_t of each frame stay, and at least one
 
 Differs from the paper: every frame's share is rounded by largest remainder, so that as many stay as were asked for; the
 authors round each frame alone, which gives the same wherever that adds up. Separators of rows count nowhere; theirs
@@ -69,9 +69,10 @@ class VidCom2:
         share = ((unusual - unusual.max()) / self.temperature).softmax(0)
         share = (keep / len(frame) * (1 + share - 1 / len(sizes))).clamp(max=1)
         counts = torch.tensor(Budget.split(keep, (share * sizes).tolist(), sizes.tolist()))
-        for empty in (counts == 0).nonzero().flatten()[: max(0, keep - len(counts))]:  # every frame has a say
-            counts[empty] = 1
-            counts[counts.argmax()] -= 1
+        if keep >= len(counts):  # every frame has a say
+            for empty in (counts == 0).nonzero().flatten():
+                counts[empty] = 1
+                counts[counts.argmax()] -= 1
         return top_within(scores, frame, counts)
 
     def _likeness(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
