@@ -46,9 +46,22 @@ def serving(**settings: Any) -> Iterator[httpx2.Client]:
         yield client
 
 
+_LAST = b": " + b"still here " * 20 + b"\n\n"
+STREAMS = {
+    "done-comment": (b'data: {"n": 1}\n\ndata: [DONE]\n\n', _LAST),
+    "done-parts": (b'data: {"n": 1}\r\n\r\nda', b"ta: [DON", b"E]\r", b"\n\r\n", _LAST),
+    "done-bare": (b'data: {"n": 1}\n\n', b"data:[DONE]"),
+    "refused": (b'data: {"error": {"message": "overloaded"}}\n\n',),
+    "done-in-text": (b'data: {"n": 1}\n\n', b'data: {"n": "ends [DONE]'),
+    "done-in-a-long-line": (b'data: {"n": 1}\n\ndata: ' + b"x" * 100, b"data: [DONE]\n\n"),
+}
+"""Streams of events, part by part. To the last two, which never say that they are done, an error is added."""
+
+
 @dataclass
 class Upstream:
-    """An API that answers chats by what their `model` says: echo, events, cut-events, no-done, cut, 500, 429, hang."""
+    """An API that answers chats by what their `model` says: echo, events, cut-events, no-done, cut, 500, 429, hang,
+    hang-half, or a name of `STREAMS`; and lists models."""
 
     headers: list[dict[str, str]] = field(default_factory=list)
     bodies: list[bytes] = field(default_factory=list)
@@ -68,8 +81,13 @@ class Upstream:
         self.bodies.append(body)
         self.queries.append(request.url.query)
         wanted = json.loads(body).get("model", "echo")
+        if wanted in STREAMS:
+            status = 529 if wanted == "refused" else 200
+            return StreamingResponse(self.parts(wanted), status, media_type="text/event-stream")
         if wanted == "hang":
-            await asyncio.sleep(30)
+            await self.hang(request)
+        if wanted == "hang-half":
+            return StreamingResponse(self.half(), media_type="application/json")
         if wanted.isdigit():
             refused = {"error": {"message": "no such thing"}}
             return JSONResponse(refused, int(wanted), {"retry-after": "7", "set-cookie": "a=1"})
@@ -94,6 +112,32 @@ class Upstream:
         if wanted != "no-done":
             yield b"data: [DONE]\n\n"
 
+    async def parts(self, wanted: str) -> AsyncIterator[bytes]:
+        for part in STREAMS[wanted]:
+            yield part
+            await asyncio.sleep(0.02)  # so that each arrives alone
+
+    async def hang(self, request: Request) -> None:
+        for _ in range(300):
+            if await request.is_disconnected():
+                self.left.set()
+                return
+            await asyncio.sleep(0.1)
+
+    async def half(self) -> AsyncIterator[bytes]:
+        yield b'{"choices": '
+        try:
+            await asyncio.sleep(30)
+        except asyncio.CancelledError:
+            self.left.set()
+            raise
+
+    async def models(self, request: Request) -> Response:
+        self.headers.append(dict(request.headers))
+        where = request.scope["raw_path"].decode()
+        self.queries.append(request.url.query)
+        return JSONResponse({"path": where}, 404 if where.endswith("/none") else 200, {"x-other": "1"})
+
     async def cut(self) -> AsyncIterator[bytes]:
         yield b'{"choices": '
         await asyncio.sleep(0.05)
@@ -102,5 +146,6 @@ class Upstream:
     @contextmanager
     def listening(self) -> Iterator[str]:
         """Its base URL."""
-        with running(Starlette(routes=[Route("/v1/chat/completions", self.answer, methods=["POST"])])) as address:
+        chats = Route("/v1/chat/completions", self.answer, methods=["POST"])
+        with running(Starlette(routes=[chats, Route("/{rest:path}", self.models)])) as address:
             yield f"{address}/v1"

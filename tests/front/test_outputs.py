@@ -56,7 +56,8 @@ REFUSED = {
     "above one": (("prompt", "t.txt", *PLAIN, "--keep", "1.5"), "(0, 1], such as 0.5, or give --tokens"),
     "percent": (("prompt", "t.txt", *PLAIN, "--keep", "50%"), "--keep 50%: write 0.5"),
     "percent of a cache": (("generate", "x", "--keep", "12.5%"), "--keep 12.5%: write 0.125"),
-    "serving nothing": (("serve", "--keep", "0"), "--keep '0.0': it is the share that may stay"),
+    "serving nothing": (("serve", "--keep", "0"), "--keep '0': it is the share that may stay"),
+    "percent of chats": (("serve", "--keep", "50%"), "--keep 50%: write 0.5"),
     "no threshold": (("prompt", "t.txt", *PLAIN), "give --keep, or --tokens"),
     "a limit": (("serve", "--limit-mb", "0"), "--limit-mb 0.0 lets nothing through"),
 }  # fmt: skip

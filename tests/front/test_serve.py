@@ -1,5 +1,6 @@
 """The server over real sockets: what it answers, what it refuses, and that nothing is lost or told on."""
 
+import asyncio
 import json
 import logging
 import os
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -18,16 +19,18 @@ import httpx2
 import numpy as np
 import pytest
 import torch
+from starlette.requests import ClientDisconnect
 
 import fewer
 from fewer.cli.methods import describe
 from fewer.errors import FewerError
 from fewer.methods import METHODS, of_family
 from fewer.prompts.source import Ranking, Source
+from fewer.serve import proxy as forwarding
 from fewer.serve.lanes import models_of
 from fewer.serve.settings import Settings
 from fewer.types import Budget, Card
-from tests.front.served import Upstream, serving
+from tests.front.served import STREAMS, Upstream, serving
 
 TEXT = "one two three four"
 LONG = "The quick brown fox jumps over the lazy dog. " * 40
@@ -161,6 +164,29 @@ def test_other_types_and_methods_and_hosts_are_refused(server: httpx2.Client) ->
     assert server.get("/health", headers={"host": "localhost:1"}).status_code == 200
     port = server.base_url.port
     assert server.options("/v1/compress", headers={"origin": f"http://localhost:{port}"}).status_code == 405
+
+
+@pytest.mark.parametrize("host", ["LOCALHOST:1", "localhost.:1", "LocalHost", "127.0.0.1", "127.1:80", "[::1]:80"])
+def test_own_names_are_known_in_any_spelling(server: httpx2.Client, host: str) -> None:
+    assert server.get("/health", headers={"host": host}).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["", "127.0.0.1.evil.example", "localhost.evil.example", "0", "a..b", "x" * 99])
+def test_names_of_others_are_refused(server: httpx2.Client, host: str) -> None:
+    assert "own names" in error(server.get("/health", headers={"host": host}), 403)
+
+
+@pytest.mark.parametrize("host", ["LOCALHOST", "localhost.", "127.1", "2130706433", "::1", "[::1]", "::ffff:127.0.0.1"])
+def test_the_guard_is_on_for_every_spelling_of_this_machine(host: str) -> None:
+    assert Settings(method="truncation", host=host).local
+    with serving(host=host) as client:
+        assert client.get("/health").status_code == 200
+        error(client.get("/health", headers={"host": "evil.example"}), 403)
+
+
+@pytest.mark.parametrize("host", ["::", "0", "192.168.0.1", "example.com", "127.0.0.1.example.com", "a\0b"])
+def test_addresses_that_others_reach(host: str) -> None:
+    assert not Settings(method="truncation", host=host).local
 
 
 # limits
@@ -397,12 +423,43 @@ def test_the_page_may_load_nothing_from_elsewhere(server: httpx2.Client) -> None
         ({"upstream": "ftp://h/"}, "give http"),
         ({"upstream": "http://h/v1?key=1"}, "no more"),
         ({"upstream": f"http://me:{SECRET}@h/v1"}, "clients send the key"),
+        ({"limit_mb": float("inf")}, "limit_mb=inf must be a number, at most 1e+09"),
+        ({"limit_mb": float("nan")}, "limit_mb=nan must be a number"),
+        ({"limit_mb": 1e305}, "limit_mb=1e+305 must be a number"),
+        ({"timeout": float("inf")}, "timeout=inf must be a number"),
+        ({"workers": 0}, "workers=0 must be a whole number, at least 1"),
     ],
 )
 def test_settings_that_cannot_work(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(FewerError, match=re.escape(message)) as raised:
         Settings(**{"method": "truncation", **wrong})
     assert SECRET not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"upstream": 5}, "upstream=5 must be text"),
+        ({"host": None}, "host=None must be text"),
+        ({"tokenizer": 5}, "tokenizer=5 must be text"),
+        ({"keep": "50%"}, "keep='50%' cannot be read"),
+        ({"protect": "numbers"}, "protect='numbers' must be a tuple of names"),
+        ({"protect": None}, "protect=None must be a tuple of names"),
+        ({"protect": (["numbers"],)}, "protect=(['numbers'],) must be a tuple of names"),
+        ({"limit_mb": "5"}, "limit_mb='5' must be a number"),
+        ({"timeout": "5"}, "timeout='5' must be a number"),
+        ({"upstream_timeout": None}, "upstream_timeout=None must be a number"),
+        ({"upstream_timeout": True}, "upstream_timeout=True must be a number"),
+        ({"workers": 2.5}, "workers=2.5 must be a whole number, at least 1"),
+        ({"queue": float("inf")}, "queue=inf must be a whole number"),
+        ({"frozen": "1"}, "frozen='1' must be a whole number, at least 0"),
+    ],
+)
+def test_settings_of_the_wrong_type(wrong: dict[str, Any], message: str) -> None:
+    made = object.__new__(Settings)  # tests check the types of calls, which users' programs do not
+    vars(made).update({**vars(Settings(method="truncation")), **wrong})
+    with pytest.raises(FewerError, match=re.escape(message)):
+        made.__post_init__()
 
 
 def test_where_chats_go() -> None:
@@ -496,6 +553,12 @@ def test_bypass_forwards_the_bytes_as_they_came(proxy: httpx2.Client, upstream: 
     assert len(upstream.bodies[-1]) < len(body)
 
 
+@pytest.mark.parametrize("said", ["1", "true", "Yes", "on", "", "0", "False", "no", "OFF"])
+def test_words_for_a_bypass(proxy: httpx2.Client, said: str) -> None:
+    answer = proxy.post(PATH, json=chat(), headers={"x-fewer-bypass": said})
+    assert ("x-fewer-tokens-saved" in answer.headers) == (said not in ("1", "true", "Yes", "on"))
+
+
 def test_nothing_is_added_to_what_a_client_sends(proxy: httpx2.Client, upstream: Upstream) -> None:
     request = httpx2.Request("POST", proxy.base_url.join(PATH), json=chat())
     proxy.send(request)
@@ -542,6 +605,37 @@ def test_a_stream_that_breaks_off_ends_with_an_error(proxy: httpx2.Client, model
     assert message in json.loads(last)["error"]["message"]
 
 
+@pytest.mark.parametrize("model", STREAMS)
+def test_only_streams_that_never_said_done_end_with_an_error(proxy: httpx2.Client, model: str) -> None:
+    answer = proxy.post(PATH, json=chat(model, stream=True))
+    came = b"".join(STREAMS[model])
+    assert answer.status_code == (529 if model == "refused" else 200)
+    assert answer.content.startswith(came)
+    added = answer.content.removeprefix(came).decode()
+    if "-in-" not in model:
+        assert added == ""
+    else:
+        ((kind, said),) = events(added)
+        assert kind == "error" and "without [DONE]" in said
+
+
+def test_done_is_seen_wherever_the_stream_is_cut_into_parts() -> None:
+    whole = b'data: {"n": 1}\r\n\r\ndata: [DONE]\r\n\r\n' + b": " + b"still here " * 20
+    forwards = forwarding.Upstream(Settings(method="truncation", upstream="http://h"))
+
+    async def passed(*parts: bytes) -> bytes:
+        async def stream() -> AsyncIterator[bytes]:
+            for part in parts:
+                yield part
+
+        response = httpx2.Response(200, content=stream())
+        return b"".join([part async for part in forwards._streamed(response, True)])
+
+    for cut in range(len(whole)):
+        assert asyncio.run(passed(whole[:cut], whole[cut:])) == whole
+    assert asyncio.run(passed(*(whole[i : i + 1] for i in range(len(whole))))) == whole
+
+
 def test_other_streams_break_off_as_the_upstream_did(proxy: httpx2.Client) -> None:
     with proxy.stream("POST", PATH, json=chat("cut-lines", stream=True)) as answer:
         parts = answer.iter_raw()
@@ -557,6 +651,57 @@ def test_an_answer_that_breaks_off_is_an_error(proxy: httpx2.Client) -> None:
 def test_an_upstream_that_hangs(proxy: httpx2.Client) -> None:
     assert "silent for 1 s before it answered" in error(proxy.post(PATH, json=chat("hang")), 504)
     assert "silent for 1 s" in error(proxy.post(PATH, json=chat("hang", stream=True)), 504)
+
+
+@pytest.mark.parametrize("model", ["hang", "hang-half"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_takes_its_call_with_it(
+    caplog: pytest.LogCaptureFixture, model: str, stream: bool
+) -> None:
+    caplog.set_level(logging.INFO, "fewer.serve")
+    body = json.dumps(chat(model, stream=stream)).encode()
+    own = Upstream()
+    with own.listening() as url, serving(upstream=url, upstream_timeout=20.0) as client:
+        with socket.create_connection((client.base_url.host, client.base_url.port)) as leaving:
+            head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            leaving.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            until(lambda: own.bodies)
+            time.sleep(0.3)  # so that half an answer has come, where there is one
+            assert not own.left.is_set()
+        assert own.left.wait(5)
+        until(lambda: f"POST {PATH} 499" in caplog.text)
+        assert client.post(PATH, json=chat()).status_code == 200
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]
+
+
+def test_a_stream_is_let_go_of_where_its_client_left_before_its_first_part() -> None:
+    closed = []
+
+    class Parts(httpx2.AsyncByteStream):
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            yield b"never asked for"
+
+        async def aclose(self) -> None:
+            closed.append(True)
+
+    async def left() -> dict[str, str]:
+        return {"type": "http.disconnect"}
+
+    async def answered(version: str) -> None:
+        async def send(message: Any) -> None:
+            if version == "2.4":
+                raise OSError  # which is how servers say it from then on
+
+        forwards = forwarding.Upstream(Settings(method="truncation", upstream="http://h"))
+        response = httpx2.Response(200, stream=Parts())
+        scope = {"type": "http", "asgi": {"spec_version": version}}
+        await forwarding._Stream(forwards._streamed(response, True), response)(scope, left, send)
+
+    asyncio.run(answered("2.3"))
+    assert closed == [True]
+    with pytest.raises(ClientDisconnect):
+        asyncio.run(answered("2.4"))
+    assert closed == [True, True]
 
 
 @pytest.mark.parametrize("status", [500, 429, 302])
@@ -580,11 +725,46 @@ def test_no_upstream() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     with serving(upstream=f"http://127.0.0.1:{port}/v1") as client:
-        assert "cannot be reached" in error(client.post(PATH, json=chat()), 502)
+        answer = client.post(PATH, json=chat())
+    assert "cannot be reached" in error(answer, 502)
+    assert not [name for name in answer.headers if name.startswith("x-fewer")]  # nothing was saved
 
 
 def test_without_an_upstream_nothing_is_forwarded(server: httpx2.Client) -> None:
     assert "--upstream URL" in error(server.post(PATH, json=chat()), 501)
+    for path in ("/v1/models", "/v1/models/a/b"):
+        assert "--upstream URL" in error(server.get(path), 501)
+
+
+@pytest.mark.parametrize("path", ["", "/", "/tiny", "/org/tiny:free", "/org%2Ftiny%20x", "/none"])
+def test_models_are_those_of_the_upstream(proxy: httpx2.Client, upstream: Upstream, path: str) -> None:
+    headers = {"authorization": f"Bearer {SECRET}", "x-fewer-other": "1"}
+    answer = proxy.get(f"/v1/models{path}?limit=2&after=%C3%A9", headers=headers)
+    assert (answer.status_code, answer.json()) == (404 if path == "/none" else 200, {"path": f"/v1/models{path}"})
+    assert answer.headers["x-other"] == "1" and not [name for name in answer.headers if name.startswith("x-fewer")]
+    assert upstream.queries[-1] == "limit=2&after=%C3%A9"
+    sent = upstream.headers[-1]
+    assert sent["authorization"] == f"Bearer {SECRET}" and "x-fewer-other" not in sent
+    assert sent["host"] in str(upstream.url)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("path", ["%2e%2e/secret", "a/%2e%2e%2f..", "a%3F/%2e%2e/%2e%2e/secret"])
+def test_no_other_place_of_the_upstream_is_reached(proxy: httpx2.Client, upstream: Upstream, path: str) -> None:
+    had = len(upstream.headers)
+    error(proxy.get(f"/v1/models/{path}"), 404)
+    assert len(upstream.headers) == had
+
+
+def test_addresses_that_cannot_be_forwarded(proxy: httpx2.Client) -> None:
+    with socket.create_connection((proxy.base_url.host, proxy.base_url.port)) as client:
+        client.sendall(b"GET /v1/models?a=#b HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert client.recv(100).startswith(b"HTTP/1.1 400 ")
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/embeddings"])
+def test_what_else_openai_has_is_not_forwarded(proxy: httpx2.Client, path: str) -> None:
+    said = error(proxy.post(path, json={}), 404)
+    assert "only chats, /v1/chat/completions, and the list of models, /v1/models, are forwarded" in said
 
 
 @pytest.mark.parametrize(
@@ -599,6 +779,7 @@ def test_without_an_upstream_nothing_is_forwarded(server: httpx2.Client) -> None
         (b'{"messages": [{"role": "user", "content": "hi"}], "n": NaN}', "NaN is no number"),
         (b'{"messages": [{"role": "user", "content": "hi"}], "n": 1e999}', "1e999 is no number"),
         (b'{"a":' * 100_000, "nested too deeply"),
+        (b'{"seed": -' + b"9" * 5000 + b"}", "a whole number of 5,000 digits, which is too long"),
     ],
 )
 def test_chats_that_are_none(proxy: httpx2.Client, upstream: Upstream, body: bytes, message: str) -> None:

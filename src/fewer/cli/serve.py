@@ -21,7 +21,7 @@ def serve(
     method: Annotated[
         str | None, typer.Option(help="Shorten chats by this, and texts that name no method; default llmlingua2.")
     ] = None,
-    keep: Annotated[float | None, typer.Option(help="The share of tokens that may stay in chats; default 0.5.")] = None,
+    keep: Annotated[str | None, typer.Option(help="The share of tokens that may stay in chats; default 0.5.")] = None,
     plan: Annotated[Path | None, typer.Option(help="A plan that `fewer tune` wrote, in their place.")] = None,
     frozen: Annotated[int, typer.Option(help="Leading messages of chats that stay as they are.", min=0)] = 0,
     protect: Annotated[
@@ -43,15 +43,18 @@ def serve(
         raise FewerError(f"fewer serve needs {missing.name}: pip install 'fewer[serve]'") from None
     from fewer.serve.settings import Settings
 
+    share = 0.5
     if plan is not None:
         if method is not None or keep is not None or protect:
             raise FewerError(f"--plan {plan} says what to do with texts; leave out --method, --keep and --protect")
-        method, keep, protect, counts = _planned(plan)
+        method, share, protect, counts = _planned(plan)
         tokenizer = tokenizer or counts
-    method, keep = "llmlingua2" if method is None else method, 0.5 if keep is None else keep
-    check_share(str(keep))
+    elif keep is not None:
+        check_share(keep)
+        share = float(keep)
+    method = "llmlingua2" if method is None else method
     settings = Settings(
-        host=host, upstream=upstream, method=method, keep=keep, frozen=frozen, protect=tuple(protect or ()),
+        host=host, upstream=upstream, method=method, keep=share, frozen=frozen, protect=tuple(protect or ()),
         tokenizer=tokenizer, limit_mb=limit_mb, timeout=timeout, upstream_timeout=upstream_timeout, workers=workers,
         queue=queue,
     )  # fmt: skip

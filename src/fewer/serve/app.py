@@ -1,4 +1,4 @@
-"""The routes: compress, restore, methods, health, chats, and the page."""
+"""The routes: compress, restore, methods, health, chats, models, and the page."""
 
 import asyncio
 import json
@@ -30,6 +30,9 @@ from fewer.serve.settings import Settings
 T = TypeVar("T")
 
 _NONCE = "{{nonce}}"
+
+_NO = ("", "0", "false", "no", "off")
+"""What a bypass header may say for one that is not there."""
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -81,14 +84,25 @@ def create_app(settings: Settings) -> FastAPI:
     async def chats(request: Request) -> Response:
         """Shorten the messages of a chat, and forward it."""
         if upstream is None:
-            return refusal(501, "no_upstream", "this server forwards nothing; start it with --upstream URL")
+            return _no_upstream()
         body = whole = await request.body()
         chat = read_chat(body)
         extra: dict[str, str] = {}
-        if request.headers.get(BYPASS, "0").strip().lower() in ("", "0", "false"):
+        if request.headers.get(BYPASS, "").strip().lower() in _NO:
             body, extra = await run(settings.method, lambda: _shortened(chat, whole, settings))
         stream = chat.get("stream") is True
-        return await upstream.forward(body, request.headers.raw, request.scope["query_string"], stream, extra)
+        return await upstream.forward(request, b"/chat/completions", body, stream, extra)
+
+    @app.get("/v1/models")
+    @app.get("/v1/models/{name:path}")
+    async def models(request: Request) -> Response:
+        """The upstream's models, as it lists them."""
+        if upstream is None:
+            return _no_upstream()
+        if {".", ".."} & set(request.scope["path"].split("/")):  # they would lead to other places of the upstream
+            raise HTTPException(404)
+        path = request.scope["raw_path"].partition(b"/v1/models")[2]  # as it was sent, with its %2F
+        return await upstream.forward(request, b"/models" + path, await request.body())
 
     @app.get("/")
     async def page() -> Response:
@@ -127,6 +141,10 @@ def _shortened(chat: dict[str, Any], body: bytes, settings: Settings) -> tuple[b
     return body, {f"x-fewer-tokens-{name}": str(count) for name, count in said.items()}
 
 
+def _no_upstream() -> Response:
+    return refusal(501, "no_upstream", "this server forwards nothing; start it with --upstream URL")
+
+
 def _json(body: bytes) -> Response:
     return Response(body, media_type="application/json")
 
@@ -152,8 +170,11 @@ def _errors(app: FastAPI) -> None:
         return refusal(504, "timeout", str(why))
 
     @app.exception_handler(HTTPException)
-    async def http(_: Request, why: HTTPException) -> Response:
-        return refusal(why.status_code, "http_error", str(why.detail), dict(why.headers or {}))
+    async def http(request: Request, why: HTTPException) -> Response:
+        said = str(why.detail)
+        if why.status_code == 404 and request.scope["path"].startswith("/v1/"):
+            said += "; only chats, /v1/chat/completions, and the list of models, /v1/models, are forwarded"
+        return refusal(why.status_code, "http_error", said, dict(why.headers or {}))
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, why: RequestValidationError) -> Response:

@@ -1,15 +1,19 @@
 """Forwarding chats: the messages shorter, everything else as it came, and the answer back byte for byte.
 
 A plain answer is read whole before a byte of it goes on, so an upstream that dies half-way is an error with its own
-status. A stream goes on as it comes; where it breaks off, it ends with an error event that says so.
+status. A stream goes on as it comes; where it breaks off, it ends with an error event that says so. A client that goes
+away takes its call with it: what an upstream writes is paid for.
 """
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 import httpx2
+from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from fewer.errors import FewerError
 from fewer.prompts.bulk import finite
@@ -17,6 +21,9 @@ from fewer.serve.guard import log, refusal
 from fewer.serve.settings import Settings, is_loopback
 
 BYPASS = "x-fewer-bypass"
+
+_DONE = {b"data: [DONE]", b"data:[DONE]"}
+"""The line that ends a stream of events."""
 
 # What concerns one connection only, or is written anew.
 _HOP = {
@@ -40,7 +47,7 @@ def read_chat(body: bytes) -> dict[str, Any]:
         BadChat: it is no JSON object with messages.
     """
     try:
-        chat = json.loads(body, parse_constant=_no_number, parse_float=finite)
+        chat = json.loads(body, parse_constant=_no_number, parse_float=finite, parse_int=_whole)
     except RecursionError:
         raise BadChat("the body is nested too deeply") from None
     except UnicodeDecodeError as why:
@@ -48,7 +55,7 @@ def read_chat(body: bytes) -> dict[str, Any]:
     except json.JSONDecodeError as why:
         raise BadChat(f"the body is not JSON: {why.msg.removesuffix(' at')} at character {why.pos}") from None
     except ValueError as why:
-        raise BadChat(f"the body is not JSON: {why}") from None
+        raise BadChat(f"the body cannot be read: {why}") from None
     if not isinstance(chat, dict) or not isinstance(chat.get("messages"), list) or not chat["messages"]:
         raise BadChat("the body is no chat: it is to be an object with a list of messages")
     if not all(isinstance(message, dict) for message in chat["messages"]):
@@ -60,11 +67,18 @@ def _no_number(name: str) -> float:
     raise ValueError(f"{name} is no number there")
 
 
+def _whole(digits: str) -> int:
+    try:
+        return int(digits)
+    except ValueError:  # Python reads no more than some thousands of digits
+        raise ValueError(f"it holds a whole number of {len(digits.lstrip('-')):,} digits, which is too long") from None
+
+
 class Upstream:
     """The API that chats are forwarded to."""
 
     def __init__(self, settings: Settings) -> None:
-        self.url = httpx2.URL(settings.chats)
+        self.url = httpx2.URL(settings.base)
         self.silent = settings.upstream_timeout
         self.client = httpx2.AsyncClient(
             timeout=httpx2.Timeout(settings.upstream_timeout, connect=min(10.0, settings.upstream_timeout)),
@@ -73,23 +87,42 @@ class Upstream:
         )
 
     async def forward(
-        self, body: bytes, headers: Iterable[Pair], query: bytes, stream: bool, extra: dict[str, str]
+        self, request: Request, path: bytes, body: bytes, stream: bool = False, extra: dict[str, str] | None = None
     ) -> Response:
-        """What the upstream answers to this body, with `extra` headers. Nothing is sent on but what came."""
-        sent = _passed(headers, _OURS)
+        """What the upstream answers below its base URL to this body, with `extra` headers. Nothing is sent on but what
+        came. If the client goes away before the answer begins, the call is cancelled and its connection closed."""
+        answer = asyncio.create_task(self._answer(request, path, body, stream, extra or {}))
+        gone = asyncio.create_task(_gone(request))
+        try:
+            await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
+            return answer.result() if answer.done() else Response(status_code=499)  # which only the log sees
+        finally:
+            answer.cancel()
+            gone.cancel()
+            await asyncio.gather(answer, gone, return_exceptions=True)
+
+    async def _answer(
+        self, request: Request, path: bytes, body: bytes, stream: bool, extra: dict[str, str]
+    ) -> Response:
+        sent = _passed(request.headers.raw, _OURS)
         if stream:  # an event that says what went wrong cannot be put into a compressed stream
             sent = [pair for pair in sent if pair[0] != b"accept-encoding"] + [(b"accept-encoding", b"identity")]
-        url = self.url.copy_with(query=query or None)
-        request = httpx2.Request("POST", url, headers=sent, content=body)
+        query = request.scope["query_string"]
         try:
-            response = await self.client.send(request, stream=True)
+            url = self.url.copy_with(raw_path=self.url.raw_path + path + (b"?" + query if query else b""))
+        except httpx2.InvalidURL:
+            return refusal(400, "bad_request", "the address holds characters that may stand in none")
+        try:
+            response = await self.client.send(
+                httpx2.Request(request.method, url, headers=sent, content=body), stream=True
+            )
         except httpx2.HTTPError as why:
             return self._failed(why, "before it answered")
         kind = response.headers.get("content-type", "")
         back = _passed(response.headers.raw, _THEIRS) + [(k.encode(), v.encode()) for k, v in extra.items()]
         if kind.startswith("text/event-stream") or (stream and not kind.startswith("application/json")):
-            events = kind.startswith("text/event-stream") and "content-encoding" not in response.headers
-            answer: Response = StreamingResponse(self._streamed(response, events), response.status_code)
+            readable = kind.startswith("text/event-stream") and "content-encoding" not in response.headers
+            answer: Response = _Stream(self._streamed(response, readable and response.is_success), response)
         else:
             try:
                 whole = b"".join([part async for part in response.aiter_raw()])
@@ -102,23 +135,21 @@ class Upstream:
 
     async def _streamed(self, response: httpx2.Response, events: bool) -> AsyncIterator[bytes]:
         """The upstream's stream; of `events`, one that broke off ends with one that says so."""
-        tail = b""
+        line, done, said = b"", False, "the upstream ended its stream without [DONE]"
         try:
             async for part in response.aiter_raw():
-                tail = (tail + part)[-64:]
+                *lines, line = (line + part).replace(b"\r", b"\n").split(b"\n")
+                done = done or not _DONE.isdisjoint(lines)
+                line = line[:64]  # of a long line no more than tells that it is none of these
                 yield part
-            said = "" if b"[DONE]" in tail else "the upstream ended its stream without [DONE]"
         except httpx2.HTTPError as why:
             said = f"{self._why(why)} in the middle of its stream"
             log.warning("%s", said)
             if not events:
                 raise  # the connection breaks off, which is all that can be said there
-        finally:
-            await response.aclose()
-        if said and events:
+        if events and not done and line not in _DONE:
             error = json.dumps({"error": {"type": "upstream_error", "message": said, "code": 502}})
-            gap = b"" if tail.endswith((b"\n\n", b"\r\n\r\n")) or not tail else b"\n\n"  # ends what was begun
-            yield gap + f"event: error\ndata: {error}\n\n".encode()
+            yield f"\n\nevent: error\ndata: {error}\n\n".encode()  # blank lines end what was begun
 
     def _failed(self, why: httpx2.HTTPError, when: str) -> Response:
         late = isinstance(why, httpx2.TimeoutException) and not isinstance(why, httpx2.ConnectTimeout)
@@ -137,6 +168,26 @@ class Upstream:
     async def close(self) -> None:
         """Let its connections go."""
         await self.client.aclose()
+
+
+class _Stream(StreamingResponse):
+    """The upstream's stream, which is let go of even where its client went away before the first of its parts."""
+
+    def __init__(self, parts: AsyncIterator[bytes], response: httpx2.Response) -> None:
+        super().__init__(parts, response.status_code)
+        self.response = response
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self.response.aclose()
+
+
+async def _gone(request: Request) -> None:
+    """Wait until the client went away; its body was read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _passed(headers: Iterable[Pair], kept_back: set[str]) -> list[Pair]:

@@ -1,13 +1,18 @@
 """What a server is told when it starts."""
 
 import ipaddress
+import socket
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from fewer import checks
 from fewer.errors import FewerError
 from fewer.methods import resolve_prompt
 from fewer.prompts.protect import named
 from fewer.types import Budget
+
+_MOST = 1e9
+"""Megabytes or seconds that anybody may want; more, or no end, is a slip."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,10 @@ class Settings:
     queue: int = 100
 
     def __post_init__(self) -> None:
+        for label in ("host", "upstream", "tokenizer"):
+            value = getattr(self, label)
+            if not (isinstance(value, str) or (value is None and label != "host")):
+                raise FewerError(f"{label}={value!r} must be text")
         if not self.host.strip():
             raise FewerError(
                 f"host={self.host!r} would be every address; say 127.0.0.1, or 0.0.0.0 where that is meant"
@@ -51,15 +60,20 @@ class Settings:
         resolve_prompt(self.method)
         if Budget.parse(self.keep).fraction is None:
             raise FewerError(f"keep={self.keep!r}: prompts take the share that stays, in (0, 1]")
+        if not isinstance(self.protect, tuple | list) or not all(isinstance(name, str) for name in self.protect):
+            raise FewerError(f"protect={self.protect!r} must be a tuple of names, such as ('numbers',)")
         for name in self.protect:
             named(name)
-        for label in ("limit_mb", "timeout", "upstream_timeout", "workers", "queue"):
-            if not getattr(self, label) > 0:
-                raise FewerError(f"{label}={getattr(self, label)} lets nothing through; give more than 0")
-        if self.frozen < 0:
-            raise FewerError(f"frozen={self.frozen}: it is a number of messages, from 0 on")
+        for label in ("limit_mb", "timeout", "upstream_timeout"):
+            value = getattr(self, label)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not value <= _MOST:  # nan too
+                raise FewerError(f"{label}={value!r} must be a number, at most {_MOST:g}")
+            if not value > 0:
+                raise FewerError(f"{label}={value} lets nothing through; give more than 0")
+        checks.counts(workers=self.workers, queue=self.queue)
+        checks.counts(least=0, frozen=self.frozen)
         if self.upstream is not None:
-            self.chats  # noqa: B018  # read once, so that what is wrong in it is said now
+            self.base  # noqa: B018  # read once, so that what is wrong in it is said now
 
     @property
     def limit(self) -> int:
@@ -74,6 +88,11 @@ class Settings:
     @property
     def chats(self) -> str:
         """Where chats are forwarded to."""
+        return f"{self.base}/chat/completions"
+
+    @property
+    def base(self) -> str:
+        """The upstream's base URL, which has a path and no slash at its end."""
         said = self.upstream or ""
         try:
             parts = urlsplit(said)
@@ -84,14 +103,17 @@ class Settings:
             raise FewerError("upstream: it holds a name or a password, which logs would show; clients send the key")
         if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or parts.query or parts.fragment:
             raise FewerError(f"upstream={said!r}: give http:// or https://, a host, and a path such as /v1; no more")
-        return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}/chat/completions"
+        return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}"
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address, or a name, is this machine's own."""
-    if host == "localhost":
+    """Whether an address, or a name, is this machine's own. No network is asked."""
+    name = host.strip("[]").lower().removesuffix(".")
+    if name == "localhost":
         return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
+    try:  # the system reads an address as it does to listen there: 127.1 is one too
+        found = socket.getaddrinfo(name, None, flags=socket.AI_NUMERICHOST)[0][4][0]
+    except (OSError, ValueError):
         return False
+    address = ipaddress.ip_address(found)
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
