@@ -1,11 +1,12 @@
-"""Small encoders of every transformers family that fewer knows, with inputs for each."""
+"""Small encoders of every transformers family that fewer knows, with inputs for each; and one built as timm's are."""
 
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 SIZES: Mapping[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64,
@@ -52,3 +53,53 @@ def inputs(family: str, rows: int = 2, seed: int = 0) -> dict[str, Tensor]:
 def output(model: Any, given: Mapping[str, Tensor]) -> Tensor:
     found: Tensor = model(**given).last_hidden_state
     return found
+
+
+class Attention(nn.Module):
+    """What it reads and gives is there to look at, the latest call's."""
+
+    def __init__(self, relative: Tensor | None) -> None:
+        super().__init__()
+        self.qkv, self.relative = nn.Linear(32, 96), relative
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.query, self.key, value = self.qkv(x).view(*x.shape[:2], 3, 4, 8).permute(2, 0, 3, 1, 4)
+        self.out = F.scaled_dot_product_attention(self.query, self.key, value, attn_mask=self.relative)
+        return self.out.transpose(1, 2).flatten(2)
+
+
+class Block(nn.Module):
+    def __init__(self, relative: Tensor | None) -> None:
+        super().__init__()
+        self.norm1, self.attn, self.norm2 = nn.LayerNorm(32), Attention(relative), nn.LayerNorm(32)
+        self.mlp = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+        self.ls1, self.drop_path1, self.ls2, self.drop_path2 = (nn.Identity() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        done: Tensor = x + self.mlp(self.norm2(x))
+        return done
+
+
+class Plain(nn.Module):
+    """An encoder as timm builds them, of 36 patches, which counts the `prefix` tokens before them. `relative` gives its
+    blocks a bias between tokens. `classed` says what it has by the name of a class token: one, None, or nothing."""
+
+    def __init__(self, prefix: int, classed: str = "one", relative: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.num_prefix_tokens, self.first = prefix, nn.Parameter(torch.randn(1, prefix, 32))
+        if classed != "nothing":
+            self.cls_token = nn.Parameter(torch.randn(1, 1, 32)) if classed == "one" else None
+        self.patch_embed, self.place = nn.Conv2d(3, 32, 4, 4), nn.Parameter(torch.randn(1, 36, 32))
+        self.patch_embed.num_patches = 36  # type: ignore[assignment]
+        n = prefix + 36
+        self.blocks = nn.Sequential(*(Block(3 * torch.randn(1, 4, n, n) if relative else None) for _ in range(4)))
+        for parameter in self.requires_grad_(False).parameters():
+            if parameter.ndim == 2:  # heads that look at few tokens
+                parameter.mul_(3)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.patch_embed(pixels).flatten(2).mT + self.place
+        done: Tensor = self.blocks(torch.cat([self.first.expand(len(x), -1, -1), x], 1))
+        return done

@@ -1,5 +1,6 @@
 """Encoders of transformers: bound by role, shortened, and left as they were."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,8 +10,11 @@ from torch import Tensor
 import fewer
 from fewer.adapters.encoder_blocks import find
 from fewer.allocate.uniform import uniform
+from fewer.methods.vit.tome import ToMe
 from fewer.reduce.select import top_k
+from fewer.score.heads import attention
 from fewer.signals import Queries
+from fewer.signals.heads import Attended, Heads
 from fewer.types import (
     Allocation,
     Budget,
@@ -23,9 +27,10 @@ from fewer.types import (
     UnknownName,
     UnsupportedModel,
 )
-from tests.adapters.encoders import FAMILIES, IMAGES, PREFIX, encoder, inputs, output
+from tests.adapters.encoders import FAMILIES, IMAGES, PREFIX, Plain, encoder, inputs, output
 
 SHORTENING = ("random", "uniform", "tome", "topk")
+LITTLE = pytest.mark.filterwarnings("ignore:this cannot make the encoder faster")
 
 
 class FirstFew:
@@ -55,6 +60,17 @@ def test_keeping_everything_is_bit_equal(family: str) -> None:
         with fewer.compress(model, method, keep=1.0) as run:
             assert torch.equal(output(model, given), plain)
         assert run.plan == [None] * 4 and run.flops == 1.0
+
+
+@pytest.mark.parametrize("method", [*SHORTENING, "zero-tprune"])
+def test_keeping_everything_keeps_padding_too(method: str) -> None:
+    """Where all rows are padded, as to a fixed length: what comes out is as long as the host's."""
+    model, given = encoder("bert"), inputs("bert")
+    given["attention_mask"] = (torch.arange(24) < torch.tensor([[20], [11]])).long()
+    plain = output(model, given)
+    with fewer.compress(model, method, keep=1.0) as run:
+        assert torch.equal(output(model, given), plain)
+    assert run.plan == [None] * 4 and run.flops == 1.0 and (run.kept >= 0).sum(-1).tolist() == [20, 11]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -212,6 +228,94 @@ def test_padding_changes_nothing(method: str) -> None:
     assert bool((padded[counts[1] :] == 0).all())
 
 
+@LITTLE
+@pytest.mark.parametrize(("keep", "lengths"), [(0.9, (20, 15)), (0.9, (24, 30, 2)), (0.8, (15, 12))])
+@pytest.mark.parametrize("method", ["random", "uniform", "topk", "ats", "zero-tprune", "evit", "diffrate"])
+@torch.no_grad()
+def test_a_shorter_row_may_lose_tokens_where_the_longest_loses_none(
+    method: str, keep: float, lengths: tuple[int, ...]
+) -> None:
+    """At a share near one a place may take a token from some rows alone."""
+    model, longest = encoder("bert"), max(lengths)
+    ids = torch.randint(5, 99, (len(lengths), longest), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(longest) < torch.tensor(lengths).unsqueeze(1)).long()
+    with fewer.compress(model, method, keep) as run:
+        together = output(model, {"input_ids": ids, "attention_mask": mask})
+        kept, left = run.kept, (run.kept >= 0).sum(-1).tolist()
+        for row, length in enumerate(lengths):
+            alone = output(model, {"input_ids": ids[row : row + 1, :length]})
+            torch.testing.assert_close(alone[0], together[row, : left[row]], atol=1e-5, rtol=1e-5)
+            assert run.kept[0].tolist() == kept[row, : left[row]].tolist()
+
+
+@LITTLE
+@torch.no_grad()
+def test_pictures_that_keep_unlike_numbers_are_alone_what_they_are_in_a_batch() -> None:
+    """In the second and third place the fullest picture keeps all that is left of it, and the others do not."""
+    model = copy.deepcopy(encoder("vit"))
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and ("q_proj" in name or "k_proj" in name or "query" in name or "key" in name):
+            parameter.mul_(15)  # heads that look at few patches, and so few samples
+    pixels = inputs("vit", rows=4, seed=9)["pixel_values"]
+    with fewer.compress(model, "ats", keep=0.9) as run:
+        output(model, {"pixel_values": pixels})
+        assert any(plan is not None and len(plan.counts.unique()) > 1 for plan in run.plan[2:])
+        together = [[i for i in row if i >= 0] for row in run.kept.tolist()]
+        for row in range(4):
+            output(model, {"pixel_values": pixels[row : row + 1]})
+            assert run.kept[0].tolist() == together[row]
+
+
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize(
+    ("prefix", "has", "classed"),
+    [
+        (1, "one", True), (5, "one", True), (1, "nothing", True),
+        (4, "None", False), (1, "None", False), (4, "nothing", False),
+    ],
+)  # fmt: skip
+def test_a_register_is_no_class_token(prefix: int, has: str, classed: bool, relative: bool) -> None:
+    """Top-K keeps what the class token attends to, or all where there is none, by the attention the block computed."""
+    model, pixels = Plain(prefix, has, relative), torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    model(pixels)
+    block = model.blocks[1].attn
+    logits = block.query @ block.key.mT * 8**-0.5
+    weights = (logits if block.relative is None else logits + block.relative).softmax(-1).mean(1)
+    rated = (weights[:, 0] if classed else weights.mean(1))[:, prefix:]
+    with fewer.compress(model, "topk", keep=[18] * 3) as run:
+        model(pixels)
+    assert run.classed is classed
+    for row in range(2):
+        best = rated[row].topk(18).indices.sort().values + prefix
+        assert run.plan[1].survivors[row, prefix:].tolist() == best.tolist()
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "siglip_vision_model"])
+def test_a_class_token_is_known_by_its_name_and_a_text_has_its_first(family: str) -> None:
+    with fewer.compress(encoder(family), "topk", keep=0.5) as run:
+        assert run.classed
+
+
+@pytest.mark.parametrize("masses", ["mask", "channel"])
+@pytest.mark.parametrize("relative", [False, True])
+def test_methods_see_the_attention_that_a_block_computes(
+    masses: str, relative: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a host's own bias and with masses, before and after tokens have left."""
+    model, apart, plain = Plain(1, relative=relative), [], ToMe.score
+
+    def watched(self: ToMe, tokens: Tokens) -> Any:
+        seen = tokens.signal(Heads, Attended)
+        apart.append(attention(seen) @ seen.value - model.blocks[tokens.site.layer].attn.out)
+        return plain(self, tokens)
+
+    monkeypatch.setattr(ToMe, "score", watched)
+    with fewer.compress(model, "tome", keep=0.5, masses=masses):
+        model(torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0)))
+    assert len(apart) == 4 and apart[-1].shape[2] < apart[0].shape[2]
+    assert max(float(one.abs().max()) for one in apart) < 1e-4
+
+
 def test_padding_on_the_left_is_refused() -> None:
     ids = inputs("bert")["input_ids"]
     mask = torch.ones_like(ids)
@@ -352,7 +456,7 @@ def test_full_is_held_to_its_budget_too() -> None:
         output(encoder("dinov2"), inputs("dinov2"))
 
 
-@pytest.mark.filterwarnings("ignore:this cannot make the encoder faster")
+@LITTLE
 @pytest.mark.parametrize("method", ["random", "tome", "topk", "dpc-knn"])
 def test_a_text_of_one_token_passes_whole(method: str) -> None:
     model, given = encoder("bert"), {"input_ids": torch.tensor([[7]])}

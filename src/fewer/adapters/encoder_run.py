@@ -43,6 +43,8 @@ from fewer.types import (
 
 WORTH = 0.97
 """Above this share of the FLOPs nothing can be won: choosing tokens costs about that much itself."""
+CLASS = ("cls_token", "class_token", "class_embedding")
+"""What hosts call their class token. timm's have the name, as None, where they have no such token."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Run:
     grid: tuple[int, int] | None = None
     prefix: int = 1
     counted: bool = False
+    classed: bool = True  # whether the first of them is a class token, or a text's first, which serves as one
     relative: bool = False  # whether the host adds a bias of its own between tokens
     plain: dict[str, Any] = field(default_factory=dict)  # what tells the host's attention that there is no mask
     state: State | None = field(default=None, repr=False)
@@ -251,13 +254,13 @@ class Run:
         protected = state.first[:, : x.shape[1]]
         places = sorted(state.budgets)  # a list in `keep` may name others than the method's own
         site = Site(layer, len(self.blocks), "encode", state.prefix, state.grid, places.index(layer), len(places))
-        signals: dict[type, Any] = {} if attended is None else {Heads: attended}
+        signals: dict[type, Any] = {} if attended is None else {Heads: replace(attended, classed=self.classed)}
         tokens = Tokens(x, state.positions, state.padding, protected, state.seen, None, signals, site, state.mass)
         budget = state.budgets[layer]
         key = (layer, *x.shape)
         plan: Reduction = step(setting.method, budget, tokens, check=key not in self.checked)
         self.checked.add(key)
-        if plan.survivors.shape[-1] == x.shape[1] and not plan.folds:
+        if torch.equal(plan.counts, tokens.available) and not plan.folds:  # of any row: a shorter one may lose alone
             self._pass()
             return x
         self.plan.append(plan)
@@ -317,6 +320,9 @@ def session(model: nn.Module, found: tuple[str, list[Any], Shape], setting: Sett
     run = Run(setting, blocks, shape, Encoder.of(blocks[0], shape.attention, shape.mlp))
     run.plain = unmasked(getattr(blocks[0], shape.attention))
     run.prefix, run.counted = 1 if prefix is None else prefix, prefix is not None
+    named = [getattr(m, name) for m in model.modules() for name in CLASS if hasattr(m, name)]
+    # a text's first token has no name; of several counted tokens, none of them named, all are registers
+    run.classed = any(one is not None for one in named) or (not named and prefix in (None, 1))
     if setting.schedule.whole and getattr(setting.method, "exact", True):
         run.setting = replace(setting, restore=None)
     with ExitStack() as leaving:

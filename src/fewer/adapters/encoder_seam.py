@@ -54,11 +54,12 @@ class Seam(TorchFunctionMode):
                 "this encoder attends causally, and tokens that are merged have no order to look back in"
             )
         scaling = query.shape[-1] ** -0.5 if scale is None else scale
-        self.attended = Attended(query, key, value, scaling, self.bias)
+        relative = None if attn_mask is None else self.cut(additive(attn_mask, query.dtype))
+        between = None if relative is None else relative.expand(*query.shape[:-1], key.shape[-2])
+        self.attended = Attended(query, key, value, scaling, self.bias, between)
         self.relative = attn_mask is not None
         if self.form == "host":
             return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, scale=scale, **more)
-        relative = None if attn_mask is None else self.cut(additive(attn_mask, query.dtype))
         bias = None if self.bias is None else self.bias.to(query.dtype)
         if self.bias is not None and self.form == "channel" and not bool(self.bias.isinf().any()):
             query, key, value, wide = augmented(query, key, value, self.bias, scaling)

@@ -18,6 +18,8 @@ def head_mean(keys: Float[Tensor, "b h n d"]) -> Float[Tensor, "b n d"]:
 def attention(attended: Attended, rows: Int[Tensor, " q"] | slice = slice(None)) -> Float[Tensor, "b h q n"]:
     """Attention weights of some queries, all of them unless told; each row sums to one."""
     logits = attended.query[:, :, rows] @ attended.key.transpose(-1, -2) * attended.scaling
+    if attended.relative is not None:
+        logits = logits + attended.relative[:, :, rows]
     return (logits if attended.bias is None else logits + attended.bias).softmax(-1)
 
 
@@ -36,14 +38,14 @@ def received(attended: Attended) -> Float[Tensor, "b n"]:
         weights = attention(attended, slice(start, start + step))
         if padding is not None:
             weights = weights.masked_fill(padding[:, None, start : start + step, None], 0)
-        total += weights.sum((1, 2))
+        total += weights.sum((1, 2), dtype=torch.float32)  # half precision would make most of them equal
     there = n if padding is None else (~padding).sum(-1, keepdim=True)
     return total / (h * there)
 
 
 def attention_got(attended: Attended, prefix: int) -> Float[Tensor, "b n"]:
     """What the class token attends to, averaged over heads; where there is none, what all attend to."""
-    return class_attention(attended).mean(1) if prefix else received(attended)
+    return class_attention(attended).float().mean(1) if prefix and attended.classed else received(attended)
 
 
 def votes(attended: Attended, start: Float[Tensor, "b n"], rounds: int) -> Float[Tensor, "b h n"]:
@@ -56,9 +58,11 @@ def votes(attended: Attended, start: Float[Tensor, "b n"], rounds: int) -> Float
     out = []
     for first in range(0, b, step):
         rows = slice(first, first + step)
-        bias = None if attended.bias is None else attended.bias[rows]
-        part = Attended(attended.query[rows], attended.key[rows], attended.value[rows], attended.scaling, bias)
-        weights = attention(part).float()
+        bias, relative = (None if one is None else one[rows] for one in (attended.bias, attended.relative))
+        query, key, value = attended.query[rows], attended.key[rows], attended.value[rows]
+        weights = attention(Attended(query, key, value, attended.scaling, bias, relative)).float()
+        if relative is not None:  # a host's mask may leave padding nobody to attend to
+            weights = weights.nan_to_num()
         has = start[rows, None, None].float().expand(-1, h, 1, n)
         for _ in range(rounds):
             has = has @ weights
@@ -71,7 +75,7 @@ def significance(attended: Attended, prefix: int) -> Float[Tensor, "b n"]:
 
     Where there is no class token, what it adds to all outputs, on average.
     """
-    if prefix:
+    if prefix and attended.classed:
         paid = class_attention(attended).float()
     else:
         there = torch.ones_like(attended.query[:, 0, :, 0], dtype=torch.float32)

@@ -31,7 +31,8 @@ class Attended:
     """Queries, keys and values as attention got them: with their positions rotated in, where the host rotates.
 
     `bias` is what is added to the logits of each key: the logarithm of its mass, -inf for padding; None for zeros.
-    `scaling` is the factor on the logits.
+    `relative` is what the host itself adds between tokens: a bias of its own, or its mask. `scaling` is the factor on
+    the logits. `classed` says whether the first token is a class token, where there are tokens before the patches.
     """
 
     query: Float[Tensor, "b h n d"]
@@ -39,3 +40,5 @@ class Attended:
     value: Float[Tensor, "b h n e"]
     scaling: float
     bias: Float[Tensor, "b 1 1 n"] | None = None
+    relative: Float[Tensor, "b h n n"] | None = None
+    classed: bool = True

@@ -66,6 +66,14 @@ def test_agrees_with_the_reference(prefix: int) -> None:
             assert kept(plan, row) == naive(tokens.signal(Heads, Attended), row, count, prefix)
 
 
+def test_without_a_class_token_a_register_is_not_asked() -> None:
+    tokens = place(37, seed=1, prefix=1)
+    seen = tokens.signal(Heads, Attended)
+    free = ATS().score(place(37, seed=1, prefix=0))
+    assert torch.equal(ATS().score(replace(tokens, signals={Heads: replace(seen, classed=False)})), free)
+    assert not torch.allclose(ATS().score(tokens), free)
+
+
 def test_rows_may_keep_different_numbers() -> None:
     plan = decide(ATS(), place(37, rows=8), 18)
     counts = plan.counts.tolist()

@@ -1,6 +1,7 @@
 """TopK: what the class token attends to stays."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,6 +35,27 @@ def test_without_a_class_token_everyone_votes() -> None:
     want = torch.tensor([[(1 / 3 + 0.2) / 3, (1 / 3 + 0.2) / 3, (1 / 3 + 1.6) / 3]])
     torch.testing.assert_close(TopK().score(tokens), want)
     assert kept(decide(TopK(), tokens, 1)) == [2]
+
+
+def test_a_register_does_not_vote_for_all() -> None:
+    """The same three tokens, of which the first is before the patches, but no class token."""
+    heads = one_head([[0.0, 0, 0], [0, 0, math.log(8)], [0, 0, math.log(8)]])
+    tokens, free = place(3, rows=1, prefix=1, **heads), place(3, rows=1, prefix=0, **heads)
+    seen = replace(tokens.signal(Heads, Attended), classed=False)
+    assert torch.equal(TopK().score(replace(tokens, signals={Heads: seen})), TopK().score(free))
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_half_precision_ranks_as_single_precision_does(prefix: int) -> None:
+    """Means over heads and queries are taken in float32: in bfloat16 most of them would be equal."""
+    half = place(197, prefix=prefix, dtype=torch.bfloat16)
+    seen = half.signal(Heads, Attended)
+    whole = replace(seen, query=seen.query.float() / 4, key=seen.key.float())
+    half = replace(half, signals={Heads: replace(seen, query=seen.query / 4)})
+    got, want = TopK().score(half), TopK().score(replace(half, signals={Heads: whole}))
+    assert got.dtype is torch.float32
+    for row in range(2):
+        assert len(set(got[row].topk(98).indices.tolist()) & set(want[row].topk(98).indices.tolist())) >= 97
 
 
 def reference(tokens_row: Attended, row: int, i: int) -> list[float]:

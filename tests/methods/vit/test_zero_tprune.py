@@ -66,6 +66,15 @@ def test_the_class_token_has_more_say() -> None:
     torch.testing.assert_close(ZeroTPrune().score(tokens)[0], expected, atol=1e-6, rtol=1e-5)
 
 
+def test_a_register_has_no_more_say() -> None:
+    """The same graph where the first token is no class token: token 1 gets 1, and 2 still 4 * 0.5."""
+    tiny = 1e-9
+    rest = [tiny, tiny, 0.5, 0.25, 0.25]
+    tokens = graph([[tiny, 1.0, tiny, tiny, tiny], rest, rest, rest, rest])
+    tokens = replace(tokens, signals={Heads: replace(tokens.signal(Heads, Attended), classed=False)})
+    torch.testing.assert_close(ZeroTPrune().score(tokens)[0], torch.tensor([0, 1, 2, 1, 1]) / 5, atol=1e-6, rtol=1e-5)
+
+
 def test_heads_that_say_nothing_are_left_out() -> None:
     """An even head varies by 0, below 0.01; where no head passes, all count."""
     even = [[0.2] * 5] * 5

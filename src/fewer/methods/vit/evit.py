@@ -4,8 +4,8 @@
     keep      the tokens of greatest a, the same share at three places, a quarter, half and three quarters of the way
     fuse      one more token: the sum of all others, each times its a; later it is a token like any other
 
-The fused token is counted within the budget: of `keep` tokens it is one. Its place, and so its position and its mass in
-any later count, is that of the best of those that went into it.
+The fused token is counted within the budget: of `keep` tokens it is one. Its place, and so its position, is that of the
+best of those that went into it.
 
 Differs from the paper: the fused token stands where that best one stood, in the order of the image, and not at the end;
 attention does not see the order. The keep rate of each place follows from the share that is to be left. An encoder

@@ -28,7 +28,7 @@ class TopK:
         source="arXiv 2308.04657",
         faithfulness="official",
         mechanism="prune",
-        differs="rated by received attention where there is no class token",
+        differs="rated by received attention where there is no class token; `keep` sets the places' counts, rounded up",
     )
     needs: ClassVar[frozenset[Any]] = frozenset({Heads()})
     schedule: ClassVar[str] = "geometric"

@@ -9,10 +9,11 @@
 
 S comes first because a crowd of tokens that are alike would vote for one another.
 
-Differs from the paper: written from summaries of it. Ours are: the share of tokens that leaves in S (the paper sets a
-count for every block); variances of s scaled to a mean of one, over the tokens that may leave (sums of one could never
-reach the thresholds); all heads count where none passes; attention is renormalised among those left after S; and the
-places, at the blocks 2, 4, 7, 10 and 12 of twelve. Tokens leave after the block's attention, not between blocks.
+Differs from the paper: written from summaries of it. Ours are: halves by rank in S, where the summaries deal tokens in
+turn (`groups="alternate"`); the share of tokens that leaves there (the paper sets a count for every block); variances
+of s scaled to a mean of one, over the tokens that may leave (sums of one could never reach the thresholds); all heads
+count where none passes; attention is renormalised among those left after S; and the places, at the blocks 2, 4, 7, 10
+and 12 of twelve. Tokens leave after the block's attention, not between blocks.
 """
 
 from dataclasses import dataclass, replace
@@ -51,7 +52,8 @@ class ZeroTPrune:
         source="arXiv 2305.17328",
         faithfulness="style",
         mechanism="prune",
-        differs="from summaries: the split between the two stages, the scale of variances and the places are ours",
+        differs="from summaries: halves by rank, not dealt in turn; the two stages' split, the scale of variances and "
+        "the places are ours",
         slugs=("zero-tprune",),
     )
     needs: ClassVar[frozenset[Any]] = frozenset({Heads()})
@@ -94,7 +96,7 @@ class ZeroTPrune:
         hidden = torch.zeros_like(gone, dtype=torch.float32).masked_fill(gone, -torch.inf)[:, None, None]
         graph = replace(attended, bias=hidden if attended.bias is None else attended.bias + hidden)
         say = (~gone).float()
-        if tokens.site.prefix:
+        if tokens.site.prefix and attended.classed:
             say[:, 0] = (~gone).sum(-1).float().sqrt()
         s = votes(graph, say / say.sum(-1, keepdim=True), rounds)  # (b, h, n)
         rated = (~(closed(tokens) | gone)).float().unsqueeze(1)
