@@ -2,14 +2,17 @@
 not installed its tests are skipped; `make test-frameworks` runs them."""
 
 import asyncio
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from fewer import FewerError, compress_prompt
 from fewer.adapters.documents import shortened
+from fewer.prompts.protect import literal
 
 TEXTS = ["alpha beta gamma", "delta <#ref0#> epsilon\n\nzeta", "   ", "eta theta"]
 OPTIONS = {"method": "random", "keep": 0.6, "tokenizer": "characters"}
@@ -41,6 +44,20 @@ def test_import_fewer_loads_no_framework() -> None:
     assert done.stdout == "[]\n"
 
 
+def whatever_is_refused_and_protected(made: Callable[..., str]) -> None:
+    """What holds for `made`, which shortens the first text with such options, in every framework."""
+    options = {"method": "truncation", "keep": 0.6, "tokenizer": "characters"}
+    for rule in ("gamma", ["gamma"], re.compile("gam+a"), (11, 16), literal("gamma"), (r for r in ["gamma"])):
+        assert "gamma" in made(**options, protect=rule)
+    assert made(**options, protect=None) == made(**options)
+    for wrong, said in (
+        ({"keep": True}, "keep=True cannot be read"), ({"tokens": True, "keep": None}, "tokens=True is no whole"),
+        ({"protect": 5}, "protect=5 is neither"),
+    ):  # fmt: skip
+        with pytest.raises(FewerError, match=said):
+            made(**options | wrong)
+
+
 # --- langchain ---
 
 
@@ -57,6 +74,11 @@ def test_langchain() -> None:
     checked([(d.id, d.page_content, d.metadata, d.metadata["fewer"]) for d in found])
     assert given == before and list(asyncio.run(made.acompress_documents(given, "what?"))) == list(found)
     assert list(made.compress_documents([], "what?")) == []
+    whatever_is_refused_and_protected(
+        lambda **options: FewerCompressor(**options).compress_documents(given[:1], "what?")[0].page_content
+    )
+    twice = FewerCompressor(method="truncation", keep=0.6, tokenizer="characters", protect=(r for r in ["gamma"]))
+    assert all("gamma" in twice.compress_documents(given[:1], "what?")[0].page_content for _ in range(2))
     with pytest.raises(ValueError, match="kep"):
         FewerCompressor(kep=0.5)
     with pytest.raises(FewerError, match="keep='2'"):
@@ -69,7 +91,7 @@ def test_langchain() -> None:
 @pytest.mark.filterwarnings("ignore")  # the package's own, on import
 def test_llamaindex() -> None:
     pytest.importorskip("llama_index.core", reason=WHY.format("llama-index-core"))
-    from llama_index.core.schema import MetadataMode, Node, NodeWithScore, TextNode
+    from llama_index.core.schema import ImageNode, MetadataMode, Node, NodeWithScore, TextNode
 
     from fewer.adapters.llamaindex import FewerPostprocessor
 
@@ -86,6 +108,14 @@ def test_llamaindex() -> None:
     assert "spans" not in found[0].node.get_content(MetadataMode.LLM) and "where" in found[0].node.get_content(
         MetadataMode.LLM
     )
+    whatever_is_refused_and_protected(
+        lambda **options: FewerPostprocessor(**options).postprocess_nodes(given[:1])[0].node.text
+    )
+    with pytest.raises(ValueError, match="protct"):
+        FewerPostprocessor(keep=0.5, protct=["delta"])
+    bare, said = (NodeWithScore(node=ImageNode(id_="i", image="AAAA", text=t), score=1) for t in ("", TEXTS[0]))
+    shown = made.postprocess_nodes([bare, said])
+    assert shown[1] is bare and shown[0].node.image == "AAAA" and 0 < len(shown[0].node.text) < len(TEXTS[0])
     later = asyncio.run(made.apostprocess_nodes(given, query_str="what?"))
     assert [node.node.text for node in later] == [node.node.text for node in found]
 
@@ -110,4 +140,7 @@ def test_haystack(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.pop() == other
     checked([(d.id, d.content, d.meta, d.meta["fewer"]) for d in found])
     assert [document.content for document in given] == TEXTS and {d.score for d in found} == {0.5}
+    whatever_is_refused_and_protected(
+        lambda **options: FewerCompressor(**options).run(given[:1])["documents"][0].content
+    )
     assert FewerCompressor(**OPTIONS).run([]) == {"documents": []}

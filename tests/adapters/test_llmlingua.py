@@ -77,13 +77,14 @@ def test_the_arguments_are_the_packages() -> None:
 
 def test_llmlingua_is_the_method_with_the_prompt_around_it(one: PromptCompressor, reader: Any) -> None:
     said = one.compress_prompt(CONTEXT, INSTRUCTION, QUESTION, rate=0.7)
-    around, whole = len(INSTRUCTION + QUESTION), len("\n\n".join(CONTEXT))
-    budget = int(0.7 * (whole + around)) - around
+    before = len("\n\n".join([INSTRUCTION, *CONTEXT, QUESTION]))
+    budget = int(0.7 * before) - len(f"{INSTRUCTION}\n\n\n\n{QUESTION}")
     done = fewer.compress_prompt(CONTEXT, LLMLingua(reader), tokens=budget, tokenizer="characters")
     assert said["compression"].text == done.text and len(done.text) <= budget
     assert said["compressed_prompt"] == f"{INSTRUCTION}\n\n{done.text}\n\n{QUESTION}"
     assert said["compressed_prompt_list"] == list(done.documents)
-    before, after = len("\n\n".join([INSTRUCTION, *CONTEXT, QUESTION])), len(said["compressed_prompt"])
+    after = len(said["compressed_prompt"])
+    assert after <= 0.7 * before
     assert (said["origin_tokens"], said["compressed_tokens"]) == (before, after)
     assert (said["ratio"], said["rate"]) == (f"{before / after:.1f}x", f"{after / before * 100:.1f}%")
     assert "saving" not in said
@@ -93,6 +94,20 @@ def test_llmlingua_is_the_method_with_the_prompt_around_it(one: PromptCompressor
     ].startswith(INSTRUCTION)
     assert one(CONTEXT, target_token=30)["compressed_tokens"] <= 30
     assert one(CONTEXT[0], rate=1.0)["compressed_prompt"] == CONTEXT[0]
+
+
+@pytest.mark.parametrize("instruction", ["", INSTRUCTION])
+@pytest.mark.parametrize("question", ["", QUESTION])
+@pytest.mark.parametrize("count", [len, lambda text: len(text) + 9 * ("Who" in text and "miles." not in text)])
+def test_the_rate_is_a_ceiling_of_the_whole_prompt(reader: Any, instruction: str, question: str, count: Any) -> None:
+    """Where two texts may have more tokens together than alone as well."""
+    made = PromptCompressor(reader, tokenizer=count)
+    context = [f"  \n{CONTEXT[0]}\n\n", CONTEXT[1] + "  "]
+    for rate in (0.6, 0.8, 0.95, 1):
+        said = made.compress_prompt(context, instruction, question, rate=rate)
+        whole = "\n\n".join(part for part in (instruction, *context, question) if part)
+        assert said["origin_tokens"] == count(whole) and count(said["compressed_prompt"]) == said["compressed_tokens"]
+        assert said["compressed_tokens"] <= rate * count(whole)
 
 
 def test_settings_reach_the_method(one: PromptCompressor, reader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,6 +217,30 @@ def test_bad_values(one: PromptCompressor, options: dict[str, Any], message: str
         one.compress_prompt(CONTEXT, **options)
 
 
+WRONG = {
+    "context": [None, 5, [None]], "instruction": [None, "\ud800"], "question": [None, 5], "rate": ["0.5", None, True],
+    "target_token": ["5", None, float("inf"), float("nan"), True, [5]], "force_tokens": [None, "ten", [5], 5],
+    "context_budget": [100, None], "chunk_end_tokens": [None, 5, "."], "word_sep": [None], "label_sep": [None],
+    "use_token_level_filter": [None, []], "strict_preserve_uncompressed": [None], "keep_first_sentence": [None],
+    "iterative_size": [0, "x", None], "dynamic_context_compression_ratio": ["x"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_of_another_kind_is_refused_in_one_line(
+    one: PromptCompressor, two: PromptCompressor, name: str
+) -> None:
+    for value in WRONG[name]:
+        for made in (one, two):
+            with pytest.raises(FewerError, match=rf"{name}=|{name} holds|the prompt is|document 0 is"):
+                unchecked(made, **{"context": CONTEXT, name: value})
+
+
+def unchecked(made: PromptCompressor, **options: Any) -> Any:
+    """The call as users make it: in tests, annotations are checked before fewer can."""
+    return inspect.unwrap(type(made).compress_prompt)(made, **options)
+
+
 def test_no_unknown_argument_is_taken(one: PromptCompressor) -> None:
     with pytest.raises(TypeError, match="ratio"):
         one.compress_prompt(CONTEXT, ratio=0.5)
@@ -212,6 +251,8 @@ def test_the_constructor_refuses_what_it_cannot_do() -> None:
         ({"model_config": {"revision": "main"}}, "model_config="),
         ({"open_api_config": {"api_key": "x"}}, "open_api_config="),
         ({"llmlingua2_config": {"max_batch_size": 5}}, "only max_force_token is taken"),
+        ({"llmlingua2_config": {"max_force_token": "many"}}, "max_force_token='many' must be a whole number"),
+        ({"llmlingua2_config": {"max_force_token": True}}, "max_force_token=True must be a whole number"),
         ({"compat": True}, "goes with use_llmlingua2"),
         ({"device_map": "no-such-device"}, "device_map='no-such-device'"),
         ({"device_map": "meta", "model_name": (1, 2)}, "a loaded model stays where it is"),

@@ -76,6 +76,14 @@ def test_lines_are_the_librarys_and_come_back(tmp_path: Path) -> None:
         assert "documents" not in got and got.get("question") == row.get("question")
 
 
+@pytest.mark.parametrize("rule", ["protect", "protect_regex"])
+def test_a_rule_that_protects_nothing_in_a_line_is_said_there(rule: str) -> None:
+    shortener = replace(CUT, **{rule: ("beta",)})
+    lines = b'{"text": "a beta c"}', b'{"text": "one two three"}'
+    said = [json.loads(shortener(Item(1, line)).line) for line in lines]
+    assert "notes" not in said[0] and said[1]["notes"] == ["protect='beta' is nowhere in the text"]
+
+
 def test_blank_lines_count_and_have_no_output(tmp_path: Path) -> None:
     source = b"\xef\xbb\xbf" + line(text="a b c d") + b"\n  \r\n" + line(text="e f g h").replace(b"\n", b"\r\n")
     shorten_lines(source.splitlines(keepends=True), tmp_path / "out", CUT)

@@ -85,6 +85,18 @@ def test_documents_from_a_separator_and_from_files(fewer, tmp_path: Path) -> Non
     assert (code, out) == (2, "") and "the patch holds 2 documents" in " ".join(err.split())
 
 
+def test_what_is_nowhere_is_said(fewer, file: Path) -> None:
+    words = ("prompt", str(file), *PLAIN, "--keep", "0.5")
+    for flag in ("--protect", "--protect-regex"):
+        assert "protect='zzz' is nowhere in the text" in fewer(*words, flag, "zzz")[2]
+    said = "--documents '===' is nowhere in the text"
+    assert said in fewer(*words, "--documents", "===")[2]
+    assert said in json.loads(fewer(*words, "--documents", "===", "--json")[1])["notes"]
+    code, out, _ = fewer(*words, "--documents", "\\r\\n\\r\\n", "--json")
+    assert code == 0 and "nowhere" not in str(json.loads(out)["notes"])
+    assert {span[0] for key in ("kept", "dropped") for span in json.loads(out)[key]} == {0, 1}
+
+
 class Page(HTMLParser):
     """What a browser would see of a page: its tags, and the text inside each document."""
 
@@ -148,6 +160,9 @@ REFUSED = {
     "class": (("prompt", "FILE", *PLAIN, "--keep", "0.5", "--protect-class", "verbs"), b"abc", "no class 'verbs'"),
     "tokens zero": (("prompt", "FILE", *PLAIN, "--tokens", "0"), b"abc", "--tokens 0 would leave nothing"),
     "keep of two": (("prompt", "FILE", *PLAIN, "--keep", "2"), b"abc", "--keep '2'"),
+    "question": (("prompt", "FILE", *PLAIN, "--keep", "1", "--question", ""), b"abc", "--question '' is empty"),
+    "instruction": (("prompt", "FILE", *PLAIN, "--keep", "1", "--instruction", " "), b"abc", "--instruction ' ' is"),
+    "empty regex": (("prompt", "FILE", *PLAIN, "--keep", "1", "--protect-regex", ""), b"abc", "an empty pattern"),
     "two budgets": (("prompt", "FILE", *PLAIN, "--tokens", "2", "--keep", "1"), b"abc", "give one of them"),
     "no budget": (("prompt", "FILE", *PLAIN), b"abc", "has no threshold of its own"),
     "method": (("prompt", "FILE", "--method", "truncate", "--keep", "0.5"), b"abc", "did you mean truncation"),

@@ -1,10 +1,13 @@
 """Bills under prompt caching, worked by hand."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 
 from fewer import FewerError, Prices, bill, worth
+from fewer.prompts.counting import Counter
 
 P = Prices(plain=10.0, read=1.0, write=12.5, per=1000)
 
@@ -84,11 +87,44 @@ def test_messages_are_counted_and_their_common_start_found() -> None:
     assert worth(chat, changed, P, cached=104, tokenizer="characters").after == pytest.approx(301 * 12.5 / 1000)
 
 
+def test_a_template_that_refuses_a_prefix() -> None:
+    """As Qwen's do where no user has spoken."""
+
+    def chat(messages: list[dict[str, str]], answer: bool) -> int:
+        if not any(message["role"] == "user" for message in messages):
+            raise ValueError("No user query found in messages.")
+        return sum(len(message["content"]) + 5 for message in messages) + 3 * answer
+
+    tokenizer = Counter("strict", len, chat=chat)
+    head, asked = {"role": "system", "content": "x" * 100}, {"role": "user", "content": "y" * 200}
+    verdict = worth([head, asked], [head, {**asked, "content": "y"}], P, cached=105, tokenizer=tokenizer)
+    assert verdict.after == pytest.approx((104 * 1 + (114 - 104) * 12.5) / 1000)
+    again = worth([head, asked], [head, asked], P, cached=313, tokenizer=tokenizer)
+    assert again.after == pytest.approx((310 * 1 + 3 * 12.5) / 1000)
+
+
+def test_wrong_types() -> None:
+    """In a process of its own: in this one, annotations are checked before fewer can."""
+    calls = {
+        "Prices(plain='3')": "plain='3'", "Prices(per='x')": "per='x'", "Prices(plain=None)": "plain=None",
+        "Prices(read=True)": "read=True", "worth(10, 5, None)": "worth(): prices is NoneType",
+        "bill(10, 3.0)": "bill(): prices is float", "worth(None, 5, Prices())": "messages is NoneType",
+    }  # fmt: skip
+    code = "from fewer import FewerError, Prices, bill, worth\n"
+    for call in calls:
+        code += f"try:\n    {call}\nexcept FewerError as why:\n    print(str(why).splitlines()[0])\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)  # noqa: S603
+    assert done.returncode == 0, done.stderr
+    for wanted, found in zip(calls.values(), done.stdout.splitlines(), strict=True):
+        assert wanted in found
+
+
 def test_bad_arguments() -> None:
     for made, said in (
         (lambda: Prices(plain=-1.0), "plain=-1.0"),
         (lambda: Prices(per=0), "per=0"),
         (lambda: Prices(read=math.nan), "read=nan"),
+        (lambda: Prices(write=math.inf), "write=inf"),
         (lambda: bill(10, P, cached=11), "cached=11"),
         (lambda: bill(-1, P), "-1 tokens"),
         (lambda: bill("text", P), "messages is str"),

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -125,6 +126,8 @@ def test_what_counts_as_the_question() -> None:
     question, (message,) = found(f"Use this.\n\n{LONG}\n\n{QUESTION}", keep=0.2)
     assert question == f"Use this.\n\n{QUESTION}" and message["content"].startswith("Use this.")
     assert message["content"].endswith(QUESTION) and len(message["content"]) < 0.5 * len(LONG)
+    for blank in (" ", "\n", ""):
+        assert found(f"{QUESTION} {LONG}"[:390], question=blank)[0] == f"{QUESTION} {LONG}"[:390]
     middle = f"{LONG}\n\n{QUESTION} It matters. {LONG}"
     question, (message,) = found(middle, question=QUESTION, keep=0.2)
     assert question == QUESTION and QUESTION in message["content"] and len(message["content"]) < 0.5 * len(middle)
@@ -221,6 +224,72 @@ def test_protect_takes_one_rule_or_none(rules: Any) -> None:
     assert (done.messages[1]["content"].count("40 hours") == 6) is (rules is not None)
 
 
+@pytest.mark.parametrize("keep", [0.5, 1])
+def test_rules_are_read_whatever_the_budget(keep: float) -> None:
+    chat = [{"role": "user", "content": QUESTION}, {"role": "tool", "content": LONG}]
+    assert "protect='no such' is nowhere in the text" in short(chat, keep=keep, protect=["no such"]).notes
+    with pytest.raises(FewerError, match="protect=5 is neither"):
+        short(chat, keep=keep, protect=5)
+
+
+def test_something_that_can_be_read_stays_of_each_text() -> None:
+    chat = [{"role": "tool", "content": "aa bb cc dd ee"}, {"role": "tool", "content": "alpha beta\n\ngamma delta"}]
+    assert [message["content"] for message in short(chat, protect=["\n\n"]).messages] == ["aa bb cc dd", "alpha \n\n"]
+
+
+class Block:
+    """A part as providers' packages give it."""
+
+    def __init__(self, **said: Any) -> None:
+        self.said = said
+
+    def model_dump(self) -> dict[str, Any]:
+        return self.said
+
+
+PARTS = [
+    {"type": "text", "text": LONG}, {"type": "output_text", "text": LONG}, {"type": "refusal", "refusal": LONG},
+    {"type": "thinking", "thinking": LONG, "signature": "s"}, {"type": "tool_use", "id": "t", "input": {"x": LONG}},
+    {"type": "tool_result", "content": [{"type": "text", "text": LONG}]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("part", [*PARTS, *(Block(**part) for part in PARTS), LONG,
+                                  {"type": "tool_result", "content": [Block(type="text", text=LONG)]}])  # fmt: skip
+@pytest.mark.parametrize("role", ["assistant", "user"])
+def test_text_of_every_kind_of_part_counts(part: Any, role: str) -> None:
+    chat = [{"role": role, "content": [part]}, {"role": "tool", "content": LONG}, {"role": "user", "content": "Go."}]
+    done = short(chat, keep=None, tokens=800)
+    assert done.tokens_before >= 2 * len(LONG) and done.tokens_after <= 800
+    assert done.messages[0] is chat[0] or isinstance(part, dict)
+    said = "parts of messages [0] are objects, not mappings, and stay as they are"
+    held = not isinstance(part, str) and (isinstance(part, Block) or isinstance(part.get("content", [0])[0], Block))
+    assert (said in done.notes) is (role == "user" and held)
+    assert restore_messages(done.messages, done.patch()) == chat and done.verify(chat)
+
+
+def test_tool_calls_count_in_a_tuple_and_as_objects() -> None:
+    call = {"id": "c", "function": {"name": "f", "arguments": "x" * 3000}}
+    turn, tool = {"role": "assistant", "content": None}, {"role": "tool", "content": LONG}
+    many = ([call], (call,), [Block(**call)])
+    counts = [short([{**turn, "tool_calls": calls}, tool]).tokens_before for calls in many]
+    assert counts[0] == counts[1] == counts[2] > 3000
+
+
+@pytest.mark.parametrize("part", [5, None, object()])
+def test_a_part_that_cannot_be_counted_is_refused(part: Any) -> None:
+    for content in ([part], [{"type": "tool_result", "content": [part]}]):
+        with pytest.raises(FewerError, match=r"compress_messages\(\): a part of message 0 is .*cannot be counted"):
+            short([{"role": "user", "content": content}])
+
+
+def test_messages_that_cannot_be_written_to_become_plain_mappings() -> None:
+    chat = [{"role": "user", "content": QUESTION}, {"role": "tool", "content": LONG}]
+    done = short([MappingProxyType(message) for message in chat])
+    assert done.messages == short(chat).messages and type(done.messages[1]) is dict
+    assert restore_messages(done.messages, done.patch()) == chat
+
+
 def test_what_full_is_asked_is_said() -> None:
     done = short(OPENAI, method="full", keep=0.4)
     assert done.messages == OPENAI and KEPT in done.notes
@@ -272,6 +341,7 @@ def test_bad_arguments() -> None:
         ({"protect": [(0, 3)]}, "ranges belong to no document"),
         ({"protect": [LONG[:-1]], "keep": 0.1}, "of what may be shortened, what is protected takes"),
         ({"question": "\ud800"}, "half of a surrogate pair"),
+        ({"question": "\ud800"}, "compress_messages(): question"),
     ):
         with pytest.raises(FewerError) as caught:
             short(chat, **options)

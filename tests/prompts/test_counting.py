@@ -2,6 +2,7 @@
 
 import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -114,6 +115,15 @@ def test_a_function_that_gives_no_count_is_refused(bad: object) -> None:
 def test_an_unknown_name_says_what_is_known(name: str) -> None:
     with pytest.raises(UnknownName, match=r"there is no tokenizer .* known are default, minilm, characters"):
         counter(name)
+
+
+@pytest.mark.parametrize("content", ["not json", '{"version": "1.0", "added_tokens": [], "model": {"type": "Nope"}}'])
+def test_a_broken_file_says_so(tmp_path: Path, content: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(content)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UnknownName, match="there is no tokenizer"):
+        counter(str(tmp_path))
 
 
 def test_no_tokenizer_at_all() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import fewer
+from fewer.methods.any.random import Random
 from fewer.prompts.front import KEPT
 from fewer.prompts.source import Ranking, Source, Units
 from fewer.types import Budget, BudgetError, FewerError, UnknownName
@@ -109,13 +110,33 @@ WRONG_TYPES = {
     "'a b', 3, keep=0.5": "neither a name nor an object with rank",
     "'a b', 'random', keep=[0.5]": "keep=[0.5] cannot be read",
     "'a b', 'random', keep=True": "keep=True cannot be read",
-    "'a b', 'random', tokens='5'": "tokens='5'",
-    "'a b', 'random', tokens=2.0": "tokens=2.0",
+    "'a b', 'random', tokens='5'": "tokens='5' is no whole number",
+    "'a b', 'random', tokens=2.0": "tokens=2.0 is no whole number",
     "'a b', 'random', keep=0.5, tokenizer=5": "tokenizer=5 is neither a name",
     "'a b', Lost(), keep=0.5, tokenizer=len": "Lost: rank() gave NoneType, not a Ranking",
     "'a b', 'random', keep=0.5, tokenizer=len, protect=None": "",
     "'a b', 'random', keep=0.5, tokenizer=len, protect=3": "protect=3 is neither a string",
 }
+
+
+WRONG_CALLS = {
+    "done.verify(None)": "verify(): the source holds NoneType, not text",
+    "done.verify([5])": "verify(): the source holds int, not text",
+    "done.verify(['a', None])": "verify(): the source holds NoneType, not text",
+    "done.verify(iter(['a b c']))": "",
+    "done.locate(None)": "locate(): the answer is NoneType, not text",
+    "many.verify(None)": "verify(): messages is NoneType",
+    "many.verify('ab')": "verify(): messages is str",
+    "fewer.restore_messages(None, many.patch())": "restore_messages(): messages is NoneType",
+    "fewer.restore_messages(chat[0], many.patch())": "restore_messages(): messages is dict",
+    "fewer.compress_messages(chat, 'random', keep=0.5, tokenizer=len, question=5)": "compress_messages(): question",
+    "fewer.compress_messages(chat, 'random', keep=0.5, tokenizer=len, system=None)": "system=None; give True or False",
+    "fewer.compress_messages(chat, 'random', keep=0.5, tokenizer=len, system='yes')": "system='yes'",
+    "fewer.METHODS['bm25'](k1='x')": "k1='x' must be a number",
+    "fewer.METHODS['bm25'](b=None)": "b=None is not a share",
+    "fewer.METHODS['statistical'](shape=None)": "shape=None must be a number",
+    "fewer.compress_prompt('a b', fewer.METHODS['random'](seed=-1), keep=0.5, tokenizer=len)": "",
+}  # fmt: skip
 
 
 def test_wrong_types() -> None:
@@ -125,6 +146,12 @@ def test_wrong_types() -> None:
         whole = call if "'random'" in call or "keep" in call else f"{call}, 'random', keep=0.5"
         code += f"try:\n    said.append(fewer.compress_prompt({whole}).text and '')\n"
         code += "except fewer.FewerError as why:\n    said.append(str(why))\n"
+    code += "import numpy as np\nchat = [{'role': 'user', 'content': 'a\\n\\nb ' * 9}]\n"
+    code += "done = fewer.compress_prompt('a b c', 'random', tokens=np.int64(3), tokenizer=len)\n"
+    code += "many = fewer.compress_messages(chat, 'random', keep=0.5, tokenizer=len)\n"
+    code += "assert (done.limit, type(done.limit)) == (3, int)\n"
+    for call in WRONG_CALLS:
+        code += f"try:\n    {call}\n    said.append('')\nexcept fewer.FewerError as why:\n    said.append(str(why))\n"
     code += "try:\n    with fewer.compress(None, fewer.METHODS['truncation']()): pass\n"
     code += "except fewer.FewerError as why:\n    said.append(str(why))\n"
     for call in ("fewer.restore(b'x', '{}')", "fewer.restore('x', b'{}')", "fewer.restore('x', None)"):
@@ -134,8 +161,9 @@ def test_wrong_types() -> None:
     )
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
-    assert len(said) == len(WRONG_TYPES) + 4
-    for call, wanted, found in zip(WRONG_TYPES, WRONG_TYPES.values(), said, strict=False):
+    expected = WRONG_TYPES | WRONG_CALLS
+    assert len(said) == len(expected) + 4
+    for call, wanted, found in zip(expected, expected.values(), said, strict=False):
         assert wanted in found and bool(wanted) == bool(found), (call, found)
     assert "compress_prompt" in said[-4]
     assert all("restore(): text and patch are strings" in line for line in said[-3:])
@@ -154,7 +182,7 @@ def test_wrong_types() -> None:
         ({"keep": "half"}, "keep='half' cannot be read"),
         ({"keep": None, "tokens": 0}, "tokens=0 would leave nothing"),
         ({"keep": None, "tokens": -3}, "tokens=-3 would leave nothing"),
-        ({"keep": None, "tokens": True}, "tokens=True would leave nothing"),
+        ({"keep": None, "tokens": True}, "tokens=True is no whole number"),
         ({"keep": 0.5, "tokens": 5}, "keep=0.5 and tokens=5: give one of them"),
         ({"keep": None}, "random has no threshold of its own: give keep=, or tokens="),
     ],
@@ -162,6 +190,11 @@ def test_wrong_types() -> None:
 def test_bad_budgets(options: dict[str, Any], said: str) -> None:
     with pytest.raises(BudgetError, match=re.escape(said)):
         shorten(**options)
+
+
+def test_a_negative_seed_is_a_seed() -> None:
+    ours = [fewer.compress_prompt("one two three four", Random(s), keep=0.5, tokenizer=len).text for s in (-1, -1, 2)]
+    assert ours[0] == ours[1] != ours[2]
 
 
 def test_unknown_names() -> None:

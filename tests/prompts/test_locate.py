@@ -48,7 +48,13 @@ def test_documents_and_their_order() -> None:
     done = shortened(["alpha beta", "gamma delta"], 0, 1, 2, 3, order=(1, 0))
     assert done.text == "gamma delta\n\nalpha beta"
     assert [tuple(f.source) for f in done.locate("delta. then alpha beta")] == [(1, 6, 11), (0, 0, 10)]
-    assert done.locate("delta alpha") == (), "no place of one document reaches into another"
+    apart = [tuple(f.source) for f in done.locate("delta alpha")]
+    assert apart == [(1, 6, 11), (0, 0, 5)], "no place of one document reaches into another"
+
+
+def test_words_that_cross_documents_are_found_where_they_stand_together() -> None:
+    done = fewer.compress_prompt(["the red fox ran", "home to the den", "red fox ran home again"], "full", keep=1)
+    assert [(f.text, f.source.document) for f in done.locate("fox ran home")] == [("fox ran home", 2)]
 
 
 def test_accents_and_other_scripts() -> None:

@@ -2,13 +2,16 @@
 
 import re
 import time
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import regex
+from hypothesis import given
+from hypothesis import strategies as st
 
 import fewer
-from fewer.prompts.protect import CLASSES, NUMBERS, Rule, literal, named, protected
+from fewer.prompts.protect import CLASSES, NUMBERS, Rule, literal, named, pattern, protected
 from fewer.prompts.source import Protected
 from fewer.types import FewerError
 
@@ -152,11 +155,44 @@ def test_one_rule_alone_need_not_be_in_a_list() -> None:
     assert protected(["ab ab"], "ab") == protected(["ab ab"], ["ab"]) != ()
     assert protected(["a 1"], CLASSES["numbers"]) == protected(["a 1"], [CLASSES["numbers"]]) != ()
     assert protected(["a 1"], (0, 1)) == (Protected(0, 0, 1, "range 0:1"),)
-    assert protected(["aaaa"], literal("aa")) == (
-        Protected(0, 0, 2, "literal 'aa'"),
-        Protected(0, 2, 4, "literal 'aa'"),
+    assert protected(["abab"], literal("ab")) == (
+        Protected(0, 0, 2, "literal 'ab'"),
+        Protected(0, 2, 4, "literal 'ab'"),
     )
     assert protected(["x"], ()) == protected(["x"], []) == ()
+
+
+@given(st.text("ab", max_size=25), st.text("ab", min_size=1, max_size=6))
+def test_a_string_is_protected_in_all_its_places(text: str, wanted: str) -> None:
+    """Those that overlap among them, which are one range."""
+    starts = [at for at in range(len(text)) if text.startswith(wanted, at)]
+    found = [one[1:3] for one in protected([text], wanted)]
+    assert {i for start, end in found for i in range(start, end)} == {i + k for i in starts for k in range(len(wanted))}
+    assert all(left[1] <= right[0] for left, right in pairwise(found))
+    assert protected(["is ab ab ab ok"], "ab ab") == (Protected(0, 3, 11, "literal 'ab ab'"),)
+
+
+@pytest.mark.parametrize(("text", "wanted"), [("a" * 10**6, "a" * 10**5), ("ab" * 10**5 + "a" * 10**5, "ab" * 30_000)])
+@pytest.mark.timeout(30)
+def test_places_that_overlap_take_no_time_that_grows_with_their_square(text: str, wanted: str) -> None:
+    assert len(protected([text], wanted)) == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "flags"),
+    [
+        (r"\bx{d}", 0), (r"x{d}+", 0), (r"{e}", 0), (r"x{e<2}", 0), (r"\\frac{d}{dx}", 0), (r"\{d\}", 0), (r"a{}", 0),
+        (r"x{2}", 0), (r"x{2,}", 0), (r"x{,2}", 0), (r"x{,}", 0), (r"y{1,2}{d}", 0), (r"x{1, 2}", 0),
+        (r"[[:alpha:]]", 0), (r"[]x]{d}", 0), (r"[^]x]", 0), (r"[\]{d}]", 0), (r"\[{e}", 0), (r"[\[:]", 0),
+        (r"\N{LATIN SMALL LETTER X}{d}", 0), (r"(?#[)x{d}", 0), ("x{d} # a [ comment { \n", re.X), ("(?x)x{d} # [", 0),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:Possible nested set")
+def test_patterns_of_re_find_what_re_finds(source: str, flags: int) -> None:
+    text = r"x{d} yx{d} y{2} y{d} a{} {e} x{e<2} \frac{d}{dx} [:alph] a] xxx x{1, 2} # [ { ] x{d} # [ ]x [{e} :{d}"
+    made = re.compile(source, flags)
+    assert list(pattern(made).find(text)) == [match.span() for match in made.finditer(text)]
+    assert made.search(text)
 
 
 def test_flags_of_patterns_are_kept() -> None:
@@ -186,6 +222,7 @@ def test_the_pattern_everybody_tries() -> None:
     ("rule", "said"),
     [
         ("", "an empty string protects nothing"),
+        (re.compile(""), "an empty pattern protects nothing"),
         (re.compile(b"x"), "pattern of bytes"),
         (3.5, "neither a string"),
         (None, "neither a string"),
@@ -236,15 +273,25 @@ def test_what_saved_it_is_told() -> None:
 
 def test_what_protects_nothing_is_said() -> None:
     """A name that is misspelt, or the name of a class where a string is expected."""
-    rules = ["Acme", "numbers", re.compile("no such"), re.compile(""), NUMBERS]
-    done = fewer.compress_prompt("one 2 three four", "truncation", tokens=9, tokenizer="characters", protect=rules)
-    assert done.notes == (
+    rules = ["Acme", "numbers", re.compile("no such"), NUMBERS]
+    notes = (
         "protect='Acme' is nowhere in the text",
         "protect='numbers' is nowhere in the text; the class is fewer.protect.NUMBERS, or --protect-class numbers",
         "protect='no such' is nowhere in the text",
-        "protect='' is nowhere in the text",
     )
-    assert "2" in done.text
+    made = [literal("Acme"), literal("numbers"), pattern(regex.compile("no such")), NUMBERS, upper]
+    for given_ in (rules, (rule for rule in rules), made):
+        done = fewer.compress_prompt("one 2 three four", "truncation", tokens=9, tokenizer="characters", protect=given_)
+        assert done.notes == notes and "2" in done.text
+
+
+def test_what_matches_nothing_protects_nothing() -> None:
+    """An empty match inside a grapheme does not take the grapheme."""
+    text = "alpha beta\r\ngamma de\u0301lta\r\nepsilon eta"
+    plain = fewer.compress_prompt(text, "truncation", tokens=16, tokenizer="characters")
+    done = fewer.compress_prompt(text, "truncation", tokens=16, tokenizer="characters", protect=re.compile("x*"))
+    assert done.text == plain.text and not any(unit.rule for unit in done.units)
+    assert done.notes == ("protect='x*' is nowhere in the text",)
 
 
 @pytest.mark.parametrize("gives", [5, None])

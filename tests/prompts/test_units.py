@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
+import regex
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fewer.prompts.shape import Shape
-from fewer.prompts.source import Source, Units, graphemes
+from fewer.prompts.shape import Shape, paired
+from fewer.prompts.source import _WORD, Source, Units, graphemes
 from tests.prompts.texts import blank, documents, edges, texts
 
 KINDS = ("words", "sentences", "lines", "paragraphs", "whole")
@@ -66,6 +67,14 @@ def test_shapes_are_the_graphemes(text: str) -> None:
     assert shape.breaks.tolist() == [
         text.count("\n", a, b) for a, b in zip(shape.left.tolist(), shape.right.tolist(), strict=True)
     ]
+
+
+@given(st.text("🇩🇪e\u0301\u200d\u0600👩\ufe0fक\u094d\u1161\u11ab §\n.", max_size=30))
+def test_flags_among_all_that_joins(text: str) -> None:
+    for pattern in (regex.compile(r"\X"), _WORD):
+        assert [match.span() for match in pattern.finditer(paired(text))] == [
+            match.span() for match in pattern.finditer(text)
+        ]
 
 
 def test_the_fast_words_are_the_words() -> None:
@@ -135,7 +144,8 @@ def test_a_line_without_end_is_read_in_windows() -> None:
 
 
 @pytest.mark.parametrize(
-    "made", ["«" * 60_000, " " * 300_000 + "x", "\n \n" * 60_000 + "x", "a" * 300_000, "." * 300_000]
+    "made",
+    ["«" * 60_000, " " * 300_000 + "x", "\n \n" * 60_000 + "x", "a" * 300_000, "." * 300_000, "🇩🇪" * 50_000],
 )
 @pytest.mark.timeout(60)
 def test_no_text_takes_time_that_grows_with_its_square(made: str) -> None:

@@ -3,11 +3,12 @@
 pipeline.add_component("shorten", FewerCompressor(keep=0.5))
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from fewer.adapters.documents import KEY, shortened
+from fewer.prompts.protect import listed
+from fewer.types import Keep
 
 try:
     from haystack import Document, component
@@ -31,15 +32,15 @@ class FewerCompressor:
     def __init__(
         self,
         method: Any = "llmlingua2",
-        keep: float | str | None = None,
+        keep: Keep | None = None,
         tokens: int | None = None,
-        protect: Sequence[Any] = (),
+        protect: Any = (),
         tokenizer: Any = None,
     ) -> None:
         self.method = method
         self.keep = keep
         self.tokens = tokens
-        self.protect = list(protect)
+        self.protect = listed(protect)
         self.tokenizer = tokenizer
 
     @component.output_types(documents=list[Document])  # type: ignore[untyped-decorator]

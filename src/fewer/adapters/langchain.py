@@ -4,14 +4,15 @@ ContextualCompressionRetriever(base_compressor=FewerCompressor(keep=0.5), base_r
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from fewer.adapters.documents import KEY, shortened
+from fewer.prompts.protect import listed
 
 try:
     from langchain_core.callbacks import Callbacks
     from langchain_core.documents import BaseDocumentCompressor, Document
-    from pydantic import ConfigDict
+    from pydantic import BeforeValidator, ConfigDict
 except ImportError as why:
     raise ImportError(f"fewer.adapters.langchain wants langchain-core: pip install 'fewer[langchain]' ({why})") from why
 
@@ -29,9 +30,9 @@ class FewerCompressor(BaseDocumentCompressor):
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
     method: Any = "llmlingua2"
-    keep: float | str | None = None
-    tokens: int | None = None
-    protect: Sequence[Any] = ()
+    keep: Any = None  # read where it is used: pydantic would make 1.0 of True
+    tokens: Any = None
+    protect: Annotated[Any, BeforeValidator(listed)] = ()
     tokenizer: Any = None
 
     def compress_documents(

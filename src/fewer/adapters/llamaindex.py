@@ -3,14 +3,15 @@
 index.as_query_engine(node_postprocessors=[FewerPostprocessor(keep=0.5)])
 """
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from fewer.adapters.documents import KEY, shortened
+from fewer.prompts.protect import listed
 
 try:
     from llama_index.core.postprocessor.types import BaseNodePostprocessor
     from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
+    from pydantic import BeforeValidator, ConfigDict
 except ImportError as why:
     raise ImportError(
         f"fewer.adapters.llamaindex wants llama-index-core: pip install 'fewer[llamaindex]' ({why})"
@@ -28,10 +29,12 @@ class FewerPostprocessor(BaseNodePostprocessor):
         method, keep, tokens, protect, tokenizer: as `fewer.compress_prompt` takes them.
     """
 
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
     method: Any = "llmlingua2"
-    keep: float | str | None = None
-    tokens: int | None = None
-    protect: Sequence[Any] = ()
+    keep: Any = None  # read where it is used: pydantic would make 1.0 of True
+    tokens: Any = None
+    protect: Annotated[Any, BeforeValidator(listed)] = ()
     tokenizer: Any = None
 
     @classmethod
@@ -41,7 +44,7 @@ class FewerPostprocessor(BaseNodePostprocessor):
     def _postprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
-        texts = [node for node in nodes if isinstance(node.node, TextNode)]
+        texts = [node for node in nodes if _holds_text(node.node)]
         found = shortened(
             [node.node.text for node in texts], query_bundle.query_str if query_bundle else None, method=self.method,
             keep=self.keep, tokens=self.tokens, protect=self.protect, tokenizer=self.tokenizer,
@@ -55,4 +58,9 @@ class FewerPostprocessor(BaseNodePostprocessor):
             }
             new = old.model_copy(update={"text": text, "metadata": {**old.metadata, KEY: record}, **hidden})
             out.append(texts[i].model_copy(update={"node": new}))
-        return [*out, *(node for node in nodes if not isinstance(node.node, TextNode))]
+        return [*out, *(node for node in nodes if not _holds_text(node.node))]
+
+
+def _holds_text(node: Any) -> bool:
+    """Nodes of pictures are text nodes too, with no text; a text node of white space alone is shortened to nothing."""
+    return isinstance(node, TextNode) and (type(node) is TextNode or bool(node.text.strip()))

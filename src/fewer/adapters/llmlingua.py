@@ -14,13 +14,16 @@ pieces of the source; the default models are fewer's, which fit on a CPU; no mon
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
+from math import isfinite
+from numbers import Real
 from typing import Any
 
 import regex
 
+from fewer import checks
 from fewer.methods import METHODS
 from fewer.prompts.counting import counter
-from fewer.prompts.front import compress_prompt
+from fewer.prompts.front import GLUE, compress_prompt, read_documents, read_text
 from fewer.prompts.protect import pattern
 from fewer.types import BudgetError, FewerError
 
@@ -79,8 +82,11 @@ class PromptCompressor:
             if config:
                 raise FewerError(f"PromptCompressor({name}={config!r}) is not taken here: give a loaded model and its "
                                  f"tokenizer as model_name")  # fmt: skip
+        if not isinstance(llmlingua2_config, (dict, type(None))):
+            raise FewerError(f"PromptCompressor(llmlingua2_config={llmlingua2_config!r}): give a dict")
         config = dict(llmlingua2_config or {})
-        self.max_force_token = int(config.pop("max_force_token", 100))
+        self.max_force_token = config.pop("max_force_token", 100)
+        checks.counts(0, max_force_token=self.max_force_token)
         if config:
             raise FewerError(f"PromptCompressor(llmlingua2_config={config!r}): only max_force_token is taken here; "
                              f"batches are made by length")  # fmt: skip
@@ -142,8 +148,8 @@ class PromptCompressor:
             context: a text or documents.
             instruction, question: stay whole; `concate_question=False` leaves the question out. Not with LLMLingua-2,
                 which puts out the context alone.
-            rate: the share of tokens that stays: of context, instruction and question together, which the context pays
-                for, as in the package; with LLMLingua-2 of the context.
+            rate: the share of tokens that stays: of instruction, context and question together, with the blank lines
+                between them, which the context pays for, as in the package; with LLMLingua-2 of the context.
             target_token: how many tokens of the context stay instead, unless -1.
             iterative_size, context_budget, use_context_level_filter, reorder_context,
                 dynamic_context_compression_ratio: settings of `LLMLingua` and `LongLLMLingua`; a context budget is
@@ -163,12 +169,13 @@ class PromptCompressor:
         """
         given = locals()
         for name, (only, instead) in _FIXED.items():
-            if given[name] != only and given[name] not in ([], None):
+            if given[name] != only and not (only is None and given[name] == []):
                 raise FewerError(f"compress_prompt({name}={given[name]!r}) is not done here: {instead}")
+        _check_types(given)
         if len(force_tokens) > self.max_force_token:
             raise FewerError(f"compress_prompt(force_tokens=...): {len(force_tokens)} of them, and max_force_token is "
                              f"{self.max_force_token}")  # fmt: skip
-        documents = [context] if isinstance(context, str) else list(context)
+        documents = list(read_documents(context))
         forced = {"force_tokens": tuple(force_tokens), "force_reserve_digit": force_reserve_digit}
         protect = [*force_tokens, *([_DIGITS] if force_reserve_digit else [])]
         if self.compat or drop_consecutive:
@@ -187,14 +194,17 @@ class PromptCompressor:
         else:
             method = self._pruner(question, options)
         ending = question if concate_question else ""
-        done = compress_prompt(
-            documents, method, question=question, protect=protect, tokenizer=self.counter,
-            **self._budget(documents, instruction, ending, question, rate, target_token),
-        )  # fmt: skip
-        parts = [instruction, done.text if done.text.strip() else "", ending]
-        text = "\n\n".join(part for part in parts if part)
-        before = self.counter.count("\n\n".join([instruction, *documents, question]).strip())
-        after = self.counter.count(text)
+        before = self.counter.count(_joined(instruction, GLUE.join(documents), question))
+        budget, limit = self._budget(documents, instruction, ending, before, rate, target_token)
+        while True:
+            done = compress_prompt(
+                documents, method, question=question, protect=protect, tokenizer=self.counter, **budget
+            )
+            text = _joined(instruction, done.text if done.text.strip() else "", ending)
+            after = self.counter.count(text)
+            if limit is None or after <= limit:
+                break  # seldom not at once: tokens of the whole are no sum over its parts
+            budget = {"tokens": _left(min(budget["tokens"], done.tokens_after) - (after - limit), rate)}
         ratio = before / after if after else 1
         said = {
             "compressed_prompt": text,
@@ -219,27 +229,22 @@ class PromptCompressor:
         return self.compress_prompt(context, **options)
 
     def _budget(
-        self, documents: list[str], instruction: str, ending: str, question: str, rate: float | int, target: float | int
-    ) -> dict[str, Any]:
+        self, documents: list[str], instruction: str, ending: str, before: int, rate: float | int, target: float | int
+    ) -> tuple[dict[str, Any], int | None]:
+        """What the context may have, and how many tokens all of the prompt may, where that is what is asked for."""
         if target != -1:
             if target < 1 or target != int(target):
                 raise BudgetError(
                     f"target_token={target!r}: give how many tokens of the context stay, from 1 on, or -1"
                 )
-            return {"tokens": int(target)}
+            return {"tokens": int(target)}, None
         if not 0 < rate <= 1:
             raise BudgetError(f"rate={rate!r}: give the share of tokens that stays, in (0, 1]")
         if rate == 1 or self.use_llmlingua2:
-            return {"keep": float(rate)}
-        count = self.counter.count
-        around = count(instruction) + count(question)
-        left = int(rate * (count("\n\n".join(documents)) + around)) - count(instruction) - count(ending)
-        if left < 1:
-            raise BudgetError(
-                f"rate={rate!r} leaves {left} tokens to the context: instruction and question take {around} and stay "
-                f"whole; give a higher rate, or target_token"
-            )
-        return {"tokens": left}
+            return {"keep": float(rate)}, None
+        whole, limit = GLUE.join(documents), int(rate * before)
+        around = self.counter.count(_joined(instruction, whole, ending)) - self.counter.count(whole)
+        return {"tokens": _left(limit - around, rate)}, limit
 
     def _pruner(self, question: str, options: dict[str, Any]) -> Any:
         """LLMLingua or LongLLMLingua with these settings."""
@@ -311,6 +316,36 @@ class PromptCompressor:
         settings |= forced if self.compat or options["drop_consecutive"] else {}
         settings |= {} if isinstance(self.model, str) and self.model == "default" else {"model": self.model}
         return METHODS["llmlingua2"](**settings, compat=self.compat)
+
+
+def _joined(*parts: str) -> str:
+    return GLUE.join(part for part in parts if part)
+
+
+def _left(tokens: int, rate: float | int) -> int:
+    if tokens < 1:
+        raise BudgetError(
+            f"rate={rate!r} leaves {tokens} tokens to the context: instruction and question take the others and stay "
+            f"whole; give a higher rate, or target_token"
+        )
+    return tokens
+
+
+def _check_types(given: dict[str, Any]) -> None:
+    """Refuse what is not of the kind that the package takes."""
+    for name in ("instruction", "question", "word_sep", "label_sep", "context_budget"):
+        if not isinstance(given[name], str):
+            raise FewerError(f"compress_prompt({name}={given[name]!r}): give text")
+        read_text(given[name], name)
+    for name in ("force_tokens", "chunk_end_tokens"):
+        listed = isinstance(given[name], Sequence) and not isinstance(given[name], (str, bytes))
+        if not listed or not all(isinstance(text, str) for text in given[name]):
+            raise FewerError(f"compress_prompt({name}={given[name]!r}): give a list of texts")
+    for name in ("rate", "target_token", "dynamic_context_compression_ratio"):
+        number = given[name]
+        if not isinstance(number, Real) or isinstance(number, bool) or not isfinite(number):
+            raise FewerError(f"compress_prompt({name}={number!r}): give a number")
+    checks.counts(iterative_size=given["iterative_size"])
 
 
 def _refuse(options: dict[str, Any], name: str, instead: str) -> None:

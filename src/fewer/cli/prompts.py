@@ -10,7 +10,7 @@ import typer
 
 from fewer import fit as fits
 from fewer.cli.bulk import engine_of, shorten_file
-from fewer.cli.common import Json, check_outputs, check_share, err, print_json, read_text, stdout
+from fewer.cli.common import Json, check_outputs, check_share, err, print_json, read_text, refuse_empty, stdout
 from fewer.methods import resolve_prompt
 from fewer.prompts.bulk import Shortener
 from fewer.prompts.compression import restore as restored
@@ -62,6 +62,7 @@ def prompt(
     """
     if keep is not None:
         check_share(keep, ", or give --tokens")
+    refuse_empty({"--question": question, "--instruction": instruction})
     if source is not None or target is not None:
         if source is None or target is None:
             raise FewerError("--in and --out go together: where prompts come from, and where they go")
@@ -90,6 +91,8 @@ def prompt(
         parts[0] if len(parts) == 1 else parts, _method(method, fit), keep=keep, tokens=tokens, question=question,
         instruction=instruction, protect=rules, tokenizer=tokenizer,
     )  # fmt: skip
+    if separator is not None and len(parts) == len(texts):
+        done = replace(done, notes=(*done.notes, f"--documents {separator!r} is nowhere in the text"))
     if html is not None:
         _write(html, html_of(done), "--html")
     if patch is not None:
@@ -148,7 +151,7 @@ def _pattern(text: str) -> object:
 def _typed(separator: str) -> str:
     if not separator:
         raise FewerError("--documents '' parts nothing; give what stands between documents, such as '\\n---\\n'")
-    return separator.replace("\\n", "\n").replace("\\t", "\t")
+    return separator.replace("\\n", "\n").replace("\\r", "\r").replace("\\t", "\t")
 
 
 def _write(file: Path, text: str, option: str) -> None:

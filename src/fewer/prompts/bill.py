@@ -9,6 +9,8 @@ more than a long one that the cache holds, until enough requests have read the s
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
+from numbers import Real
 from typing import Any
 
 from fewer.prompts.counting import counter
@@ -35,7 +37,10 @@ class Prices:
     def __post_init__(self) -> None:
         for name in ("plain", "read", "write", "per"):
             price = getattr(self, name)
-            if price is not None and not (price > 0 or (price == 0 and name != "per")):
+            if price is None and name in ("read", "write"):
+                continue
+            real = isinstance(price, Real) and not isinstance(price, bool) and isfinite(price)
+            if not real or price < 0 or (price == 0 and name == "per"):
                 raise FewerError(f"Prices({name}={price!r}): prices are numbers from 0 on, for 1 token or more")
 
     def cost(self, read: int, written: int, plain: int) -> float:
@@ -105,6 +110,7 @@ def bill(
     >>> bill(10_000, Prices(plain=3.0), cached=8_000)  # 8000 at 0.30 and 2000 at 3.75 a million
     Bill(read=8000, written=2000, plain=0, cost=0.0099)
     """
+    _check(prices, "bill")
     tokens = _count(messages, tokenizer, "bill")
     cached = _cached(cached, tokens)
     rest = tokens - cached
@@ -144,12 +150,13 @@ def worth(
     >>> bool(verdict), bool(worth(100_000, 50_000, Prices(plain=3.0), cached=90_000, requests=10))
     (False, True)
     """
+    _check(prices, "worth")
     if isinstance(requests, bool) or not isinstance(requests, int) or requests < 1:
         raise FewerError(f"worth(): requests={requests!r}; give how many times the prompt is sent, from 1 on")
     had, has = _count(before, tokenizer, "worth"), _count(after, tokenizer, "worth")
     cached = _cached(cached, had)
     if same is None:
-        same = _common(before, after, tokenizer)
+        same = min(_common(before, after, tokenizer), had, has)
     if isinstance(same, bool) or not isinstance(same, int) or not 0 <= same <= min(had, has):
         raise FewerError(f"worth(): same={same!r}; the two have at most {min(had, has)} tokens in common")
 
@@ -167,6 +174,11 @@ def worth(
         breakeven = 2 + int(max(lost, 0.0) / gained + 1e-9) if gained > hair else None
     sums = [first + (requests - 1) * later for first, later in (full, short)]
     return Worth(sums[0], sums[1], requests, breakeven)
+
+
+def _check(prices: Any, call: str) -> None:
+    if not isinstance(prices, Prices):
+        raise FewerError(f"{call}(): prices is {type(prices).__name__}; give fewer.Prices(plain=...)")
 
 
 def _count(given: int | Sequence[Any], tokenizer: Any, call: str) -> int:
@@ -192,4 +204,5 @@ def _common(before: Any, after: Any, tokenizer: Any) -> int:
     n = 0
     while n < min(len(first), len(other)) and first[n] == other[n]:
         n += 1
-    return ChatCounter.of(counter(tokenizer), first).count(first[:n], answer=False) if n else 0
+    # some templates refuse messages without a user's among them
+    return ChatCounter.of(counter(tokenizer), first[:n]).count(first[:n], answer=False) if n else 0

@@ -18,15 +18,16 @@ from fewer.prompts.chat_result import ChatCompression
 from fewer.prompts.compression import Compression
 from fewer.prompts.counting import Counter, counter
 from fewer.prompts.front import GLUE, KEPT, checked, compress_prompt, read_budget, read_documents, read_text
-from fewer.prompts.protect import Rule, listed, protected
+from fewer.prompts.protect import Rule, idle, listed, protected
 from fewer.prompts.settle import Kept
-from fewer.prompts.source import PromptMethod, Ranking, Source, Span, Units
-from fewer.prompts.turns import ChatCounter, Place, put, read_turns, texts_of
-from fewer.types import Budget, BudgetError, FewerError
+from fewer.prompts.source import PromptMethod, Protected, Ranking, Source, Span, Units
+from fewer.prompts.turns import ChatCounter, Place, parts_of, put, read_turns, texts_of
+from fewer.types import Budget, BudgetError, FewerError, Keep
 
 SHORT = 400
 """Characters that the first or last paragraph of the last user turn may have to be taken for the question."""
 
+UNTOUCHED = "nothing in these messages may be shortened"
 OPEN, ASKED = ("user", "tool", "function"), ("system", "developer")
 
 
@@ -34,7 +35,7 @@ def compress_messages(
     messages: Sequence[Any],
     method: str | PromptMethod = "llmlingua2",
     *,
-    keep: float | str | None = None,
+    keep: Keep | None = None,
     tokens: int | None = None,
     frozen: int = 0,
     protect: Any = (),
@@ -77,9 +78,12 @@ def compress_messages(
     turns = read_turns(messages, "compress_messages")
     if isinstance(frozen, bool) or not isinstance(frozen, int) or not 0 <= frozen <= len(turns):
         raise FewerError(f"compress_messages(): frozen={frozen!r}; there are {len(turns)} messages, so give 0 to that")
+    if not isinstance(system, bool):
+        raise FewerError(f"compress_messages(): system={system!r}; give True or False")
     made, count, budget = resolve_prompt(method), counter(tokenizer), read_budget(keep, tokens)
+    tokens = None if budget is None else budget.tokens
     chat = ChatCounter.of(count, turns)
-    asked, spans = _question(turns, read_text(question, "question"))
+    asked, spans = _question(turns, read_text(question, "question", "compress_messages").strip())
     roles = OPEN + ASKED * system
     places = {
         Place(index, path): text
@@ -107,6 +111,7 @@ def compress_messages(
         return sum(map(count.count, texts)) if tokens is None else chat.count(read_turns(built(texts), ""))
 
     documents = list(places.values())
+    found = protected(documents, rules)
     had = size(documents)
     stays = sum(count.count(text[a:b]) for text in documents for a, b in spans.get(text, ()))
     limit = None if budget is None else tokens if tokens is not None else stays + budget.count(had - stays)
@@ -114,13 +119,18 @@ def compress_messages(
         raise BudgetError(f"tokens={tokens}: the chat takes {had} of {count.name}, and nothing in it may be shortened")
     done = None
     if places and not isinstance(made, Full) and (limit is None or had > limit):
-        done = _shortened(documents, made, count, asked, rules, limit, had, size)
+        done = _shortened(documents, made, count, asked, rules, found, limit, had, size)
     new = list(messages) if done is None else built(done.documents)
     after = before if done is None else chat.count(read_turns(new, ""))
     notes = [chat.note] if chat.note else []
     if objects := [i for i, turn in enumerate(turns) if turn["role"] in roles and turn is not messages[i]]:
         notes.append(f"messages {objects} are objects, not mappings, and stay as they are")
-    notes += done.notes if done is not None else () if places else ["nothing in these messages may be shortened"]
+    if mixed := [
+        i for i, turn in enumerate(turns)
+        if turn["role"] in roles and turn is messages[i] and any(said is not part for part, said in parts_of(turn))
+    ]:  # fmt: skip
+        notes.append(f"parts of messages {mixed} are objects, not mappings, and stay as they are")
+    notes += done.notes if done is not None else idle(rules, found) if places else [UNTOUCHED]
     notes += [KEPT] * (isinstance(made, Full) and limit is not None and limit < had)
     if done is not None and after >= before:
         notes.append("shortening would not have made the chat shorter, so it is as it was")
@@ -144,8 +154,8 @@ class _Ranked:
 
 
 def _shortened(
-    documents: list[str], method: Any, count: Counter, question: str, rules: list[Any], limit: int | None, had: int,
-    size: Any,
+    documents: list[str], method: Any, count: Counter, question: str, rules: list[Any], found: tuple[Protected, ...],
+    limit: int | None, had: int, size: Any,
 ) -> Compression:  # fmt: skip
     """The documents with `size` no more than `limit`, and none of them empty."""
     read_documents(documents)
@@ -156,15 +166,16 @@ def _shortened(
             f"compress_messages(): {limit} tokens may stay, and {had - joined} of {count.name} are in what is never "
             f"shortened; allow more"
         )
-    source = Source(tuple(documents), question, "", protected(documents, rules), count)
+    source = Source(tuple(documents), question, "", found, count)
     asked = None if allowed is None else Budget(allowed, tokens=allowed)
     ranking = replace(checked(method, method.rank(source, asked), source.documents), order=None)
     if allowed is None and ranking.chosen is None:
         raise BudgetError(f"{name_of(method)} has no threshold of its own: give keep=, or tokens=")
     best: dict[str, list[tuple[int, int]]] = {}
+    stays = {p.document for p in found if source.of(p[:3]).strip()}
     for i, text in enumerate(documents):
         mine = ranking.units.of(i)
-        if mine.start < mine.stop and not any(p.document == i and p.start < p.end for p in source.protected):
+        if mine.start < mine.stop and i not in stays:
             unit = mine.start + int(np.argmax(ranking.value[mine]))
             best.setdefault(text, [(int(ranking.units.start[unit]), int(ranking.units.end[unit]))])
     rules = [*rules, Rule("no message becomes empty", lambda text: best.get(text, ()))]

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,7 @@ class ChatCompression:
 
     def verify(self, messages: Sequence[Any]) -> bool:
         """Whether this follows from these messages and the spans, and nothing else in them was touched."""
-        changed = list(messages)
+        changed = _listed(messages, "verify")
         for (index, path), done in self.compressions.items():
             if index >= len(changed) or not isinstance(text := at(changed[index], path), str) or not done.verify(text):
                 return False
@@ -89,7 +89,7 @@ def restore_messages(messages: Sequence[Any], patch: str) -> list[Any]:
         raise FewerError("restore_messages(): the patch is none that fewer made, or it was cut short") from None
     if not known or _sha(read) != digest:
         raise FewerError("restore_messages(): the patch was changed since it was made; nothing is restored from it")
-    new = list(messages)
+    new = _listed(messages, "restore_messages")
     for index, path, text in parts:
         here = at(new[index], path) if index < len(new) else None
         if not isinstance(here, str):
@@ -100,6 +100,12 @@ def restore_messages(messages: Sequence[Any], patch: str) -> list[Any]:
         assert isinstance(whole, str)
         new[index] = put(new[index], path, whole)
     return new
+
+
+def _listed(messages: Any, call: str) -> list[Any]:
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
+        raise FewerError(f"{call}(): messages is {type(messages).__name__}; give a list of messages")
+    return list(messages)
 
 
 def _sha(body: Any) -> str:

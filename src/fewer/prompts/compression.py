@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -122,7 +122,10 @@ class Compression:
 
     def verify(self, source: str | Sequence[str]) -> bool:
         """Whether the text follows from these documents and the spans, character for character."""
-        documents = (source,) if isinstance(source, str) else tuple(source)
+        documents = (source,) if isinstance(source, str) else tuple(source) if isinstance(source, Iterable) else (None,)
+        for text in documents:
+            if not isinstance(text, str):
+                raise FewerError(f"verify(): the source holds {type(text).__name__}, not text; give what was shortened")
         fits = all(run.document < len(documents) and run.end <= len(documents[run.document]) for run in self.runs)
         return (
             fits
@@ -157,10 +160,12 @@ class Compression:
 
         Case is ignored. A run that is found more than once is traced to its first place.
         """
+        if not isinstance(answer, str):
+            raise FewerError(f"locate(): the answer is {type(answer).__name__}, not text")
         said = [(m.group().casefold(), *m.span()) for m in _ANSWER.finditer(answer)]
-        here = [(m.group().casefold(), *m.span()) for m in _ANSWER.finditer(self.text)]
-        known = {word: i for i, word in enumerate(dict.fromkeys(word for word, _, _ in here))}
-        words = np.array([*(known[word] for word, _, _ in here), -1], dtype=np.int64)  # no word of an answer is -1
+        here = self._words()
+        known = {word: i for i, word in enumerate(dict.fromkeys(word for word, _, _ in here if word))}
+        words = np.array([*(known.get(word, -1) for word, _, _ in here), -1], dtype=np.int64)  # no answer holds -1
         asked = [known.get(word, -2) for word, _, _ in said]
         out: list[Found] = []
         i = 0
@@ -175,6 +180,15 @@ class Compression:
                 out += self._traced(said[i][1], said[i + length - 1][2], here[first][1], here[last][2])
             i += max(length, 1)
         return tuple(out)
+
+    def _words(self) -> list[tuple[str, int, int]]:
+        """The text's words, with an empty one where another document begins, which no run of words crosses."""
+        found = [(m.group().casefold(), *m.span()) for m in _ANSWER.finditer(self.text)]
+        run = np.searchsorted(self._begins, [start for _, start, _ in found], side="right") - 1
+        documents = np.array([run.document for run in self.runs], dtype=np.int64)[run]
+        for i in (np.flatnonzero(np.diff(documents)) + 1).tolist()[::-1]:
+            found.insert(i, ("", 0, 0))
+        return found
 
     def _traced(self, start: int, end: int, left: int, right: int) -> list[Found]:
         """Characters `left` to `right` of the text, traced to the source; nothing if they were written anew."""

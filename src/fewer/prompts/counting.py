@@ -105,7 +105,7 @@ def _named(name: str) -> Counter:
 
     try:
         return _transformers(AutoTokenizer.from_pretrained(name), name)
-    except (OSError, ValueError, KeyError) as why:
+    except Exception as why:  # noqa: BLE001  # readers of broken files raise what they like
         said = str(why).splitlines()[0] if str(why) else type(why).__name__
         raise UnknownName(
             f"there is no tokenizer {name!r} ({said}); known are default, minilm, characters, tiktoken's encodings "

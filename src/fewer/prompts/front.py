@@ -10,7 +10,7 @@ from fewer.methods import name_of, resolve_prompt
 from fewer.methods.any.full import Full
 from fewer.prompts.compression import Compression
 from fewer.prompts.counting import counter
-from fewer.prompts.protect import idle, protected
+from fewer.prompts.protect import idle, listed, protected
 from fewer.prompts.settle import Run, settle, text_of
 from fewer.prompts.source import PromptMethod, Ranking, Source
 from fewer.types import Budget, BudgetError, FewerError, Keep
@@ -59,9 +59,10 @@ def compress_prompt(
     question, instruction = read_text(question, "question"), read_text(instruction, "instruction")
     made, count = resolve_prompt(method), counter(tokenizer)
     start = time.perf_counter()
-    rules = protected(documents, protect)
-    nowhere = idle(protect, rules)
-    source = Source(documents, question, instruction, rules, count)
+    rules = listed(protect)
+    found = protected(documents, rules)
+    nowhere = idle(rules, found)
+    source = Source(documents, question, instruction, found, count)
     everything = tuple(Run(i, 0, len(text)) for i, text in enumerate(documents) if text)
     before = len(source.ends[0]) if len(documents) == 1 else count.count(text_of(documents, everything, GLUE))
     budget = read_budget(keep, tokens)
@@ -94,9 +95,11 @@ def read_budget(keep: Keep | None, tokens: int | None) -> Budget | None:
     if keep is not None and tokens is not None:
         raise BudgetError(f"keep={keep!r} and tokens={tokens!r}: give one of them")
     if tokens is not None:
-        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+        if isinstance(tokens, bool) or not isinstance(tokens, (int, np.integer)):
+            raise BudgetError(f"tokens={tokens!r} is no whole number; give how many may stay, from 1 on")
+        if tokens < 1:
             raise BudgetError(f"tokens={tokens!r} would leave nothing; give how many may stay, from 1 on")
-        return Budget(tokens, tokens=tokens)
+        return Budget(int(tokens), tokens=int(tokens))
     if keep is None:
         return None
     budget = Budget.parse(keep)
@@ -105,7 +108,7 @@ def read_budget(keep: Keep | None, tokens: int | None) -> Budget | None:
     return budget
 
 
-def read_documents(prompt: str | Sequence[str]) -> tuple[str, ...]:
+def read_documents(prompt: Any) -> tuple[str, ...]:
     """A text or documents, refused where they hold no text that can be shortened."""
     if isinstance(prompt, Mapping) or not isinstance(prompt, (str, bytes, bytearray, Iterable)):
         raise FewerError(f"compress_prompt(): the prompt is {type(prompt).__name__}; give a text, or a list of texts")

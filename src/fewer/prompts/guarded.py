@@ -66,14 +66,14 @@ def guarded(source: Source, ranking: Ranking) -> tuple[Ranking, list[str]]:
 
 
 def _merged(shape: Shape, spans: list[Protected]) -> list[tuple[int, int, str]]:
-    """In order, with whole graphemes; of two that overlap, the first names what both hold."""
+    """In order, with whole graphemes; of two that overlap, the first names what both hold. Empty ones hold nothing."""
     out: list[tuple[int, int, str]] = []
-    spans = sorted(spans)
+    spans = sorted(span for span in spans if span.start < span.end)
     starts = shape.floor(np.array([span.start for span in spans], dtype=np.int64)).tolist()
     ends = shape.ceil(np.array([span.end for span in spans], dtype=np.int64)).tolist()
     for start, end, span in zip(starts, ends, spans, strict=True):
-        if start < end and out and start < out[-1][1]:
+        if out and start < out[-1][1]:
             out[-1] = (out[-1][0], max(end, out[-1][1]), out[-1][2])
-        elif start < end:
+        else:
             out.append((start, end, span.rule))
     return out

@@ -21,30 +21,39 @@ Find = Callable[[str], Iterable[tuple[int, int]]]
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule for what stays: its name, as reports show it, and a function from a document's text to `(start, end)`."""
+    """A rule for what stays: its name, as reports show it, and a function from a document's text to `(start, end)`.
+
+    `given` is the string or pattern that it looks for, which a note names where it stands nowhere; "" for no note.
+    """
 
     name: str
     find: Find
+    given: str = ""
 
 
 def literal(text: str) -> Rule:
-    """Every place where this string stands."""
+    """Every place where this string stands; places that overlap are one range."""
     if not text:
         raise FewerError("protect='': an empty string protects nothing")
-    return Rule(f"literal {text!r}", lambda document: _places(document, text))
+    return Rule(f"literal {text!r}", lambda document: _places(document, text), text)
 
 
 def pattern(compiled: Any, name: str | None = None) -> Rule:
     """Every match of a regular expression; one that takes more than two seconds on a document is an error, on one of
-    more than a million characters as many times two."""
+    more than a million characters as many times two.
+
+    Only `regex` can be stopped, so it reads patterns of `re` too: the same way, but that combining accents are part of
+    a word to it.
+    """
     source = compiled.pattern
     if not isinstance(source, str):
         raise FewerError(f"protect={compiled!r} is a pattern of bytes; give one of text")
+    if not source:
+        raise FewerError("protect='': an empty pattern protects nothing")
     try:
-        ours = regex.compile(source, _flags(compiled.flags)) if isinstance(compiled, re.Pattern) else compiled
+        ours = regex.compile(_of_re(compiled), _flags(compiled.flags)) if isinstance(compiled, re.Pattern) else compiled
     except regex.error as why:
         raise FewerError(f"protect={source!r} cannot be read as a regular expression: {why}") from None
-    said = name or f"pattern {source!r}"
 
     def find(document: str) -> Iterable[tuple[int, int]]:
         seconds = SECONDS * (1 + len(document) // 1_000_000)
@@ -56,7 +65,26 @@ def pattern(compiled: Any, name: str | None = None) -> Rule:
                 f"backtracks; write it so that it does not"
             ) from None
 
-    return Rule(said, find)
+    return Rule(name or f"pattern {source!r}", find, "" if name else source)
+
+
+_COMMENT = r"(?P<comment>#[^\n]*)|"
+_PART = (
+    r"(?P<same>\\N\{[^}]*\}|\\.|\(\?#[^)]*\)|\{(?:\d+(?:,\d*)?|,\d*)\})|"
+    r"\[(?P<set>\^?\]?(?:\\.|[^\]\\])*)\]|(?P<brace>\{)"
+)
+
+
+def _of_re(compiled: re.Pattern[str]) -> str:
+    """The pattern as `regex` reads it the same way: a brace that counts nothing is a brace there, not a fuzzy match,
+    and a bracket in a set is one, not the name of a class."""
+
+    def same(part: re.Match[str]) -> str:
+        if part["set"] is not None:
+            return "[" + re.sub(r"(?s)(\\.)|\[", lambda each: each[1] or r"\[", part["set"]) + "]"
+        return r"\{" if part["brace"] else part[0]
+
+    return re.sub((_COMMENT if compiled.flags & re.X else "") + _PART, same, compiled.pattern, flags=re.S)
 
 
 def _flags(given: int) -> int:
@@ -66,10 +94,17 @@ def _flags(given: int) -> int:
 
 
 def _places(document: str, text: str) -> Iterable[tuple[int, int]]:
-    at = document.find(text)
+    at, size = document.find(text), len(text)
     while at >= 0:
-        yield at, at + len(text)
-        at = document.find(text, at + len(text))
+        start, after = at, document.find(text, at + 1)
+        while 0 <= after < at + size:
+            step, at = after - at, after
+            tail = text[-step:]  # if it follows, there is a place a step on; to search each would be quadratic in runs
+            while document.startswith(tail, at + size):
+                at += step
+            after = document.find(text, at + 1)
+        yield start, at + size
+        at = after
 
 
 def _class(name: str, source: str, flags: int = 0) -> Rule:
@@ -169,8 +204,9 @@ def idle(rules: Any, found: Sequence[Protected]) -> tuple[str, ...]:
     there = {one.rule for one in found if one.start < one.end}
     notes = []
     for rule in listed(rules):
-        if isinstance(rule, (str, re.Pattern, regex.Pattern)) and _rule(rule).name not in there:
-            said = rule if isinstance(rule, str) else rule.pattern
+        made = None if isinstance(rule, (tuple, list)) else _rule(rule)
+        if made is not None and made.given and made.name not in there:
+            said = made.given
             known = f"; the class is fewer.protect.{said.upper()}, or --protect-class {said}" if said in CLASSES else ""
             notes.append(f"protect={said!r} is nowhere in the text{known}")
     return tuple(notes)

@@ -15,6 +15,7 @@ _JOINING = regex.compile(
 """Characters that can make one grapheme with a neighbour; between two others there is always an edge."""
 
 _GRAPHEME = regex.compile(r"\X")
+_FLAGS = regex.compile(r"\p{GCB=Regional_Indicator}{2,}")
 _SPACES = np.array([chr(code).isspace() for code in range(0x3001)] + [False])
 """By code; there is no white space beyond U+3000."""
 
@@ -81,8 +82,15 @@ class Shape:
         )
 
 
+def paired(text: str) -> str:
+    """The text with a sign and an accent for each two letters of flags, which make the same graphemes: runs of flags
+    take `regex` time that grows with their square."""
+    return str(_FLAGS.sub(lambda run: ("§\u0301" * len(run[0]))[: len(run[0])], text))
+
+
 def _joined(text: str) -> Ints:
     """Graphemes of more than one character, `(n, 2)`, but for line ends: looked for around joining characters only."""
+    text = paired(text)
     found: list[tuple[int, int]] = []
     begin = end = 0
     windows: list[tuple[int, int]] = []

@@ -22,7 +22,7 @@ import sentencex
 from numpy.typing import NDArray
 
 from fewer.prompts.counting import Counter
-from fewer.prompts.shape import Shape
+from fewer.prompts.shape import Shape, paired
 from fewer.types import Budget
 
 Ints = NDArray[np.int64]
@@ -257,7 +257,8 @@ def _columns(pairs: Any) -> tuple[Ints, Ints]:
 
 
 def _words(text: str) -> Iterator[tuple[int, int]]:
-    return (match.span() for match in (_ASCII_WORD if text.isascii() else _WORD).finditer(text))
+    found = _ASCII_WORD.finditer(text) if text.isascii() else _WORD.finditer(paired(text))
+    return (match.span() for match in found)
 
 
 def _sentences(text: str) -> Iterator[tuple[int, int]]:

@@ -1,7 +1,7 @@
 """Chats as providers take them, OpenAI's and Anthropic's: where text stands in a message, and what a chat counts."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,6 +15,11 @@ OVERHEAD, ANSWER = 4, 3
 OpenAI's rule for its own models."""
 
 Path = tuple[str | int, ...]
+
+_FIELDS = {
+    "text": "text", "input_text": "text", "output_text": "text", "thinking": "thinking", "refusal": "refusal",
+}  # fmt: skip
+"""Where parts of each type have their text."""
 
 
 class Place(NamedTuple):
@@ -32,7 +37,7 @@ def read_turns(messages: Any, call: str) -> list[Mapping[str, Any]]:
         )
     turns: list[Mapping[str, Any]] = []
     for index, message in enumerate(messages):
-        said = message.model_dump() if hasattr(message, "model_dump") else message
+        said = _dumped(message)
         if not isinstance(said, Mapping) or not isinstance(said.get("role"), str):
             raise FewerError(f"{call}(): message {index} is no mapping with a role: {str(message)[:80]!r}")
         if not isinstance(said.get("content"), (str, list, type(None))):
@@ -40,7 +45,13 @@ def read_turns(messages: Any, call: str) -> list[Mapping[str, Any]]:
                 f"{call}(): the content of message {index} is {type(said['content']).__name__}; it may be text, a list "
                 f"of parts, or None"
             )
-        for text in [*(text for _, text in texts_of(said)), said.get("name")]:
+        for part, dumped in parts_of(said):
+            if not isinstance(dumped, (str, Mapping)):
+                raise FewerError(
+                    f"{call}(): a part of message {index} is {type(part).__name__}, which cannot be counted; give "
+                    f"mappings, or objects with model_dump()"
+                )
+        for text in [*_said(said), said.get("name")]:
             if isinstance(text, str):
                 read_text(text, f"message {index}", call)
         turns.append(said)
@@ -64,6 +75,32 @@ def _texts(content: Any, path: Path) -> Iterator[tuple[Path, str]]:
             yield from _texts(part.get("content"), (*path, index, "content"))
 
 
+def parts_of(turn: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """Each part of a message's content, those of tool results among them, as it is and as mapping or text."""
+    yield from _parts(turn.get("content"))
+
+
+def _parts(content: Any) -> Iterator[tuple[Any, Any]]:
+    for part in (content,) if isinstance(content, str) else content if isinstance(content, (list, tuple)) else ():
+        said = _dumped(part)
+        yield part, said
+        if isinstance(said, Mapping) and said.get("type") == "tool_result":
+            yield from _parts(said.get("content"))
+
+
+def _dumped(given: Any) -> Any:
+    """What an object says of itself as plain data; providers' packages give such objects."""
+    return given.model_dump() if hasattr(given, "model_dump") else given
+
+
+def _said(turn: Mapping[str, Any]) -> Iterator[str]:
+    """All text of a message's content that is counted, whether or not it may be shortened."""
+    for _, part in parts_of(turn):
+        text = part if isinstance(part, str) else part.get(_FIELDS.get(str(part.get("type")), ""))
+        if isinstance(text, str):
+            yield text
+
+
 def at(message: Any, path: Path) -> Any:
     """What stands at a place in a message, None where there is no such place."""
     for key in path:
@@ -78,7 +115,8 @@ def put(message: Any, path: Path, text: str) -> Any:
     """The message with another text at a place: copied along the way there, and the same object everywhere else."""
     if not path:
         return text
-    new = copy(message)
+    fixed = isinstance(message, Mapping) and not isinstance(message, MutableMapping)
+    new = dict(message) if fixed else copy(message)
     new[path[0]] = put(message[path[0]], path[1:], text)
     return new
 
@@ -87,7 +125,7 @@ def put(message: Any, path: Path, text: str) -> Any:
 class ChatCounter:
     """Counts chats in a tokenizer: in its chat template, or with `OVERHEAD` for each message where `note` says why.
 
-    Text, tool calls (as JSON) and names are counted; images and other data are not.
+    Text, thinking and refusals among it, tool calls (as JSON) and names are counted; images and other data are not.
     """
 
     counter: Counter
@@ -118,11 +156,10 @@ class ChatCounter:
 
 def _plain(turn: Mapping[str, Any]) -> dict[str, str]:
     """A message as role and text, which every template reads."""
-    said = [text for _, text in texts_of(turn)]
-    content = turn.get("content")
-    calls = [part for part in content or () if isinstance(part, Mapping) and part.get("type") == "tool_use"]
+    said = list(_said(turn))
+    calls = [part for _, part in parts_of(turn) if isinstance(part, Mapping) and part.get("type") == "tool_use"]
     listed = turn.get("tool_calls")
-    for call in [*(listed if isinstance(listed, list) else ()), turn.get("function_call"), *calls]:
-        said += [json.dumps(call, default=str)] if call else []
+    for call in [*(listed if isinstance(listed, (list, tuple)) else ()), turn.get("function_call"), *calls]:
+        said += [json.dumps(_dumped(call), default=str)] if call else []
     said += [turn["name"]] if isinstance(turn.get("name"), str) else []
     return {"role": turn["role"], "content": "\n".join(said)}

@@ -51,7 +51,7 @@ class Protect(_Form):
             check()  # each pattern has two seconds for each document, and there may be many
             return made.find(document)
 
-        return protect.Rule(made.name, find)
+        return protect.Rule(made.name, find, made.given)
 
 
 class Compress(_Form):

@@ -66,5 +66,6 @@ def test_errors() -> None:
         fewer.compress_prompt("One. Two.", "bm25", keep=0.5, tokenizer="characters")
     with pytest.raises(BudgetError, match=r"no threshold of its own"):
         fewer.compress_prompt("One. Two.", "bm25", tokenizer="characters", question="one")
-    with pytest.raises(BudgetError, match=r"b in \[0, 1\]"):
-        BM25(b=2.0)
+    for name, value, said in (("b", 2.0, "not a share"), ("k1", -1.0, "at least 0")):
+        with pytest.raises(FewerError, match=f"{name}={value!r} .*{said}"):
+            BM25(**{name: value})

@@ -11,7 +11,7 @@ import regex
 import fewer
 from fewer.methods.prompt.statistical import PRIOR, Statistical
 from fewer.prompts.source import Ranking, Source
-from fewer.types import Budget, BudgetError
+from fewer.types import Budget, BudgetError, FewerError
 from fewer_eval.cited import FACTS, subject, told
 from fewer_eval.fitting import prose
 
@@ -135,9 +135,10 @@ def test_odd_texts(text: str) -> None:
 
 
 def test_bad_settings_are_refused() -> None:
-    with pytest.raises(BudgetError, match=r"near is a share"):
-        Statistical(near=1.5)
-    with pytest.raises(BudgetError, match=r"at least 0"):
-        Statistical(again=-1.0)
+    for name, value, said in (
+        ("near", 1.5, "not a share"), ("again", -1.0, "at least 0"), ("asked", math.nan, "at least 0"),
+    ):  # fmt: skip
+        with pytest.raises(FewerError, match=f"{name}={value!r} .*{said}"):
+            Statistical(**{name: value})
     with pytest.raises(BudgetError, match=r"no threshold of its own"):
         fewer.compress_prompt("one two three", "statistical", tokenizer="characters")

@@ -52,4 +52,4 @@ class Random:
         return top_k(scores, allocation)
 
     def rank(self, source: Source, budget: Budget | None) -> Ranking:
-        return Ranking(source.words, np.random.default_rng(self.seed).random(len(source.words)))
+        return Ranking(source.words, np.random.default_rng(self.seed % 2**64).random(len(source.words)))

@@ -16,9 +16,10 @@ from typing import ClassVar
 import numpy as np
 import regex
 
+from fewer import checks
 from fewer.prompts.source import Floats, Ranking, Source, Units
 from fewer.score.passages import holders, question_of
-from fewer.types import Budget, BudgetError, Card
+from fewer.types import Budget, Card
 
 _TERM = regex.compile(r"[\p{L}\p{M}\p{N}]+")
 
@@ -44,8 +45,8 @@ class BM25:
     needs: ClassVar[frozenset[object]] = frozenset()
 
     def __post_init__(self) -> None:
-        if self.k1 < 0 or not 0 <= self.b <= 1:
-            raise BudgetError(f"BM25(k1={self.k1!r}, b={self.b!r}): k1 is at least 0, b in [0, 1]")
+        checks.numbers(k1=self.k1)
+        checks.shares(b=self.b)
 
     def rank(self, source: Source, budget: Budget | None) -> Ranking:
         asked = Source((question_of(source, "bm25"),))

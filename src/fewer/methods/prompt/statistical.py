@@ -20,9 +20,10 @@ from typing import ClassVar
 import numpy as np
 import regex
 
+from fewer import checks
 from fewer.prompts.source import Floats, Ranking, Source
 from fewer.score.passages import holders
-from fewer.types import Budget, BudgetError, Card
+from fewer.types import Budget, Card
 
 PRIOR = 50.0
 """Words that are taken to be read before the text."""
@@ -51,8 +52,8 @@ class Statistical:
     needs: ClassVar[frozenset[object]] = frozenset()
 
     def __post_init__(self) -> None:
-        if not (self.shape >= 0 and self.again >= 0 and 0 <= self.near <= 1 and self.asked >= 0):
-            raise BudgetError(f"{self!r}: near is a share, in [0, 1]; the others are at least 0")
+        checks.numbers(shape=self.shape, again=self.again, asked=self.asked)
+        checks.shares(near=self.near)
 
     def rank(self, source: Source, budget: Budget | None) -> Ranking:
         units = source.words
