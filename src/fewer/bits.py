@@ -4,6 +4,10 @@
     code  = round((x - zero) / scale)                           against the kept numbers, so that errors do not add up
     x'    = zero + scale * code
 
+In 8 bits a step is so small that rounding zero to float16 may move the grid by several, past the largest or the
+smallest numbers of a group that is far from 0: there zero is rounded down, and scale = (max - zero) / 255. In fewer
+bits the wider steps would cost more than that gains.
+
 A vector is packed along its last axis, and its parts lie over each other rather than side by side: in 4 bits the first
 half fills the low half of each byte and the second half the high one, so unpacking is a shift, a join and a mask.
 Tokens are never packed together, so that tokens can be taken out and appended without unpacking anything.
@@ -84,17 +88,27 @@ def quantise(
 ) -> tuple[UInt8[Tensor, "*shape"], Float[Tensor, "*groups"], Float[Tensor, "*groups"]]:
     """Codes, scale and zero of `x`, one group over `dim`; scale and zero keep it with size 1, in float16.
 
-    A constant group has scale 0. Numbers that float16 cannot hold (beyond 65504) are clipped to what it can.
+    A constant group that float16 can hold has scale 0. Numbers beyond it (65504) are clipped to what it can.
     """
     check_bits(bits)
     x = x.float()
     least, most = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
     zero = least.clamp(-_MOST, _MOST).half()
-    scale = ((most - least) / (2**bits - 1)).clamp(max=_MOST).half()
+    if bits == 8:
+        zero = _at_most(zero, least)
+        least = zero.float()
+    scale = ((most - least) / (2**bits - 1)).clamp(0, _MOST).half()
     step = torch.where(scale == 0, 1.0, scale.float())
     top = ((_MOST - zero.float()) / step).floor().clamp(max=2**bits - 1)  # what comes out must fit float16 as well
     codes = ((x - zero.float()) / step).round_().clamp_(min=0)
     return torch.minimum(codes, top).to(torch.uint8), scale, zero
+
+
+def _at_most(near: Float[Tensor, "*groups"], x: Float[Tensor, "*groups"]) -> Float[Tensor, "*groups"]:
+    """The greatest float16 that is not above x, given the nearest."""
+    above = (near.float() > x) & (near > -_MOST)
+    size = near.view(torch.int16)  # and sign: neighbours in size are neighbours as integers
+    return torch.where(above, torch.where(near > 0, size - 1, size + 1), size).view(torch.float16)
 
 
 def dequantise(

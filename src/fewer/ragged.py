@@ -20,7 +20,8 @@ from torch import Tensor
 class Dense:
     """The same tokens as a rectangle, for the stages: shorter heads are padded at the front.
 
-    `placed` is the position that a key is rotated to; `mass` is how many tokens each counts as, None for one each.
+    `placed` is the position that a key is rotated to; `mass` is how many tokens each counts as, None for one each;
+    `aim` is the position that a key is still to be rotated to when it is read, None where all are there.
     """
 
     keys: Float[Tensor, "b h k d"]
@@ -29,6 +30,7 @@ class Dense:
     placed: Int[Tensor, "b h k"]
     padding: Bool[Tensor, "b h k"]
     mass: Float[Tensor, "b h k"] | None = None
+    aim: Int[Tensor, "b h k"] | None = None
 
     def take(self, columns: Int[Tensor, "b h k"]) -> "Dense":
         """These columns of each head; -1 gives padding."""
@@ -41,6 +43,7 @@ class Dense:
             self.placed.gather(2, at),
             self.padding.gather(2, at) | (columns < 0),
             None if self.mass is None else self.mass.gather(2, at),
+            None if self.aim is None else self.aim.gather(2, at),
         )
 
     @staticmethod
@@ -48,7 +51,7 @@ class Dense:
         """Side by side, in this order."""
         if len(parts) == 1:
             return parts[0]
-        weighed = any(part.mass is not None for part in parts)
+        weighed, aimed = (any(getattr(part, name) is not None for part in parts) for name in ("mass", "aim"))
         return Dense(
             torch.cat([part.keys for part in parts], 2),
             torch.cat([part.values for part in parts], 2),
@@ -56,6 +59,7 @@ class Dense:
             torch.cat([part.placed for part in parts], 2),
             torch.cat([part.padding for part in parts], 2),
             torch.cat([part.weights() for part in parts], 2) if weighed else None,
+            torch.cat([part.placed if part.aim is None else part.aim for part in parts], 2) if aimed else None,
         )
 
     def weights(self) -> Float[Tensor, "b h k"]:
@@ -146,7 +150,8 @@ class Ragged:
     """Keys and values of every row and head, one after the other.
 
     `counts[row][head]` entries belong to that head. `positions` count a row's real tokens from 0. `placed` is the
-    position a key is rotated to, and None where that is its own; `mass` is None where every token counts as one.
+    position a key is rotated to, and None where that is its own; `mass` is None where every token counts as one. Where
+    keys are held at their `source`, they are rotated to their own positions, and to `placed` whenever they are read.
     """
 
     keys: Float[Tensor, "total d"]
@@ -155,18 +160,20 @@ class Ragged:
     counts: Counts
     placed: Int[Tensor, " total"] | None = None
     mass: Float[Tensor, " total"] | None = None
+    source: bool = False
 
     @classmethod
     def pack(cls, dense: Dense, *, moved: bool) -> "Ragged":
         """Copy the real entries out of a rectangle, so that the rectangle can be freed; `moved` remembers `placed`."""
-        there = ~dense.padding
+        there, placed = ~dense.padding, dense.placed if dense.aim is None else dense.aim
         return cls(
             dense.keys[there],
             dense.values[there],
             dense.positions[there].to(torch.int32),
             tuple(tuple(row) for row in there.sum(-1).tolist()),
-            dense.placed[there].to(torch.int32) if moved else None,
+            placed[there].to(torch.int32) if moved else None,
             None if dense.mass is None else dense.mass[there],
+            source=dense.aim is not None,
         )
 
     def logits(self, query: Tensor, at: Block) -> Tensor:
@@ -210,7 +217,8 @@ class Ragged:
     def dense(self) -> Dense:
         """As a rectangle, padded at the front. A view where the heads are even, else a copy."""
         b, h = len(self.counts), len(self.counts[0])
-        placed = self.positions if self.placed is None else self.placed
+        aim = self.placed if self.source else None
+        placed = self.positions if self.placed is None or self.source else self.placed
         if self.even is not None:
             k = self.even
             return Dense(
@@ -220,6 +228,7 @@ class Ragged:
                 placed.view(b, h, k).long(),
                 torch.zeros(b, h, k, dtype=torch.bool, device=self.keys.device),
                 None if self.mass is None else self.mass.view(b, h, k),
+                None if aim is None else aim.view(b, h, k).long(),
             )
         counts = torch.tensor(self.counts, device=self.keys.device).unsqueeze(-1)  # (b, h, 1)
         k = max(max(row) for row in self.counts)
@@ -234,6 +243,7 @@ class Ragged:
             placed[index].long().masked_fill(padding, -1),
             padding,
             None if self.mass is None else self.mass[index].masked_fill(padding, 1),
+            None if aim is None else aim[index].long().masked_fill(padding, -1),
         )
 
     def rows(self, index: Sequence[int]) -> "Ragged":
@@ -246,6 +256,7 @@ class Ragged:
             tuple(self.counts[row] for row in index),
             None if self.placed is None else torch.cat([self.placed[start:end] for start, end in spans]),
             None if self.mass is None else torch.cat([self.mass[start:end] for start, end in spans]),
+            self.source,
         )
 
     @staticmethod

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -101,12 +102,16 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
 
 
 def naive_quantise(x: list[float], bits: int) -> tuple[list[int], float, float]:
-    """One group, one number at a time; scale and zero rounded to float16 before they are used."""
+    """One group, one number at a time; scale and zero rounded to float16 before they are used, and in 8 bits zero
+    rounded down and the scale from there."""
 
     def half(value: float) -> float:
         return float(torch.tensor(value).half())
 
-    zero, scale = half(min(x)), half((max(x) - min(x)) / (2**bits - 1))
+    zero, low = half(min(x)), min(x)
+    if bits == 8:
+        low = zero = zero if zero <= low else float(np.nextafter(np.float16(zero), np.float16(-np.inf)))
+    scale = half((max(x) - low) / (2**bits - 1))
     codes = [0 if scale == 0 else round((value - zero) / scale) for value in x]  # python rounds half to even, as torch
     return [min(max(code, 0), 2**bits - 1) for code in codes], scale, zero
 
@@ -140,6 +145,33 @@ def test_what_comes_out_is_within_half_a_step(bits: int, dtype: torch.dtype) -> 
     slack = scale.float() * (2**bits - 1) * 2**-11 + zero.float().abs() * 2**-10  # of scale and zero in float16
     assert bool(((back - x.float()).abs() <= scale.float() / 2 + slack).all())
     assert dequantise(codes, scale, zero, dtype).dtype == dtype
+
+
+@pytest.mark.parametrize("mean", [-3000.0, -300.0, -0.1, 0.1, 20.0, 300.0, 3000.0])
+def test_in_eight_bits_no_end_of_a_group_is_cut_off(mean: float) -> None:
+    """However far from 0: half a step, and what rounding the scale adds over 255 of them. Zero is at or below the least
+    and no more than one float16 away."""
+    x = mean + torch.randn(500, 32, generator=torch.Generator().manual_seed(0)) * min(abs(mean), 1)
+    codes, scale, zero = quantise(x, 8, 1)
+    off, least = (dequantise(codes, scale, zero) - x).abs(), x.amin(1, keepdim=True)
+    assert bool((off <= scale.float() * (0.5 + 255 * 2**-11) + abs(mean) * 1e-6).all())
+    next_up = torch.from_numpy(np.nextafter(zero.numpy(), np.float16(np.inf))).float()
+    assert bool((zero.float() <= least).all()) and bool((next_up > least).all())
+
+
+def test_in_eight_bits_far_from_zero_the_error_is_that_of_near() -> None:
+    """A step is a 255th of about 4.2; a uniform error has a root mean square of 0.29 of it."""
+    x = 300 + torch.randn(1000, 32, generator=torch.Generator().manual_seed(0))
+    off = dequantise(*quantise(x, 8, 1)) - x
+    assert float(off.square().mean().sqrt()) < 0.005
+
+
+@pytest.mark.parametrize("least", [-6e-8, -1e-9, -0.0, 0.0, 1e-9, -HALF, -1e30, 65000.0])
+def test_zero_is_rounded_down_across_zero_and_at_the_ends(least: float) -> None:
+    x = torch.tensor([[least, least + 1.0, least + 2.0]])
+    codes, scale, zero = quantise(x, 8, 1)
+    assert bool(zero.isfinite().all()) and zero.item() <= max(least, -HALF)
+    assert bool(dequantise(codes, scale, zero, torch.float16).isfinite().all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

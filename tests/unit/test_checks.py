@@ -26,7 +26,7 @@ BAD: dict[str, dict[str, tuple[Any, ...]]] = {
     "compresskv": {"window": POSITIVE, "kernel": ODD, "voters": POSITIVE},
     "criticalkv": {"first": SHARES, "eps": NUMBERS},
     "dapq": {"count": POSITIVE, "content": ("first", -1, True), "kernel": ODD, "pooling": POOLING},
-    "ems": {"window": POSITIVE, "evict": NUMBERS},
+    "ems": {"window": POSITIVE, "evict": NUMBERS, "threshold": NUMBERS},
     "expected-attention": {"future": POSITIVE, "sinks": COUNTS, "eps": NUMBERS},
     "fastkv": {"window": POSITIVE, "kernel": ODD, "rate": ("64MB",)},
     "gear": {
@@ -56,11 +56,11 @@ BAD: dict[str, dict[str, tuple[Any, ...]]] = {
     },
 }  # fmt: skip
 OTHER = {
-    "adakv": {"scorer"}, "compresskv": {"fit"}, "criticalkv": {"scorer"}, "ems": {"threshold"},
-    "fastkv": {"layer"}, "kvzap": {"fit", "across"}, "kvzip": {"prompt"},
+    "adakv": {"scorer"}, "compresskv": {"fit"}, "criticalkv": {"scorer"}, "fastkv": {"layer"},
+    "kvzap": {"fit", "across"}, "kvzip": {"prompt"},
     "merge-evict": {"scorer"}, "razorattention": {"fit"}, "zipvl": {"dense"},
 }  # fmt: skip
-"""What has tests of its own, is a switch, or may be any number."""
+"""What has tests of its own, or is a switch."""
 
 
 @pytest.mark.parametrize(("name", "setting"), [(name, setting) for name, bad in BAD.items() for setting in bad])

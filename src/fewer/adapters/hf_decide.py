@@ -15,7 +15,7 @@ from fewer.ragged import Dense
 from fewer.score.position import FORCED
 from fewer.signals import EveryLayer, LayerScores
 from fewer.signals.visual import VisualEntries
-from fewer.types import Budget, BudgetError, Method, Phase, Site, Tokens
+from fewer.types import Budget, BudgetError, Matching, Method, Phase, Reduction, Site, Tokens
 
 if TYPE_CHECKING:
     from fewer.adapters.hf_layer import Layer
@@ -52,6 +52,7 @@ def decide(sources: "Sequence[Layer]", targets: "Sequence[Layer]", phase: Phase)
             if target.coded:
                 _crowded(target, int(plan.counts.sum()), int((~dense.padding).sum()))
             asked = policy.method.budget(tokens.site.layer) if isinstance(policy.method, Levels) else budget
+            _filled(target, asked, tokens, scores, plan)
             target.taken(target._take(plan, dense, order, asked, tokens.signals))
         if policy.pairs is not None:
             couples = policy.pairs.couples(len(targets))
@@ -70,13 +71,36 @@ def _room(policy: Policy, budget: Budget, rated: Sequence[Tensor], cost: Callabl
     """Bytes are what a user has: where they do not hold what the method always keeps, say so instead of dropping it."""
     if policy.budget.size is None or budget.tokens is None:
         return
-    always = max(int((scores == FORCED).sum(-1).max()) for scores in rated)
+    always = max(int(_forced(scores).max()) for scores in rated)
     if always > budget.tokens:
         raise BudgetError(
             f"keep={budget.keep!r} holds {budget.tokens} tokens a head, and {type(policy.method).__name__} always "
             f"keeps {always} (sinks, window), which take {cost(always):,} bytes; ask for at least that, or for fewer "
             f"of them"
         )
+
+
+def _filled(layer: "Layer", budget: Budget, tokens: Tokens, scores: Any, plan: Reduction) -> None:
+    """Have the report say so where what the method always keeps is all that the budget holds. It is no warning: that
+    much was asked for, and is kept."""
+    method, counts = layer.shared.policy.method, plan.counts
+    if isinstance(method, Levels):  # a user's own, head by head
+        method, room = method.method, counts
+    else:  # what a method shares out is shared by its scores
+        room = torch.tensor([[budget.count(seen)] for seen in layer.real], device=counts.device)
+    note = (
+        f"keep={layer.shared.policy.budget.keep!r} gives some heads no more than what {type(method).__name__} always "
+        f"keeps (sinks, window): nothing is left to its scores there"
+    )
+    notes = layer.shared.notes
+    if note not in notes and bool(((_forced(scores) >= room) & (counts < tokens.available)).any()):
+        notes.append(note)
+
+
+def _forced(scores: Any) -> Tensor:
+    """How many tokens of each head the method always keeps; those that are protected stay without it."""
+    value: Tensor = scores.value if isinstance(scores, Matching) else scores
+    return ((value >= FORCED) & value.isfinite()).sum(-1)
 
 
 def _crowded(layer: "Layer", stay: int, there: int) -> None:
@@ -104,7 +128,7 @@ def _couple(lower: "Layer", upper: "Layer", pairs: PairCodec) -> None:
 def look(layer: "Layer", method: Method, phase: Phase) -> tuple[Tokens, Dense, Tensor]:
     """The place a method decides at, the rectangle its plan will speak of (padding first), and the column of
     storage that each of its columns comes from."""
-    dense = layer._dense()
+    dense = layer._dense(turned=False)
     b, h, n = dense.positions.shape
     order = torch.arange(n, device=layer.device).expand(b, h, n)
     if bool((dense.padding[..., 1:] & ~dense.padding[..., :-1]).any()) or len(layer.parts) > 1:

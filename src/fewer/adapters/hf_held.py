@@ -102,13 +102,23 @@ class Held(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
         """What is held apart from the tail."""
         return self.coded if self.kept is None else (*self.coded, self.kept)
 
-    def _dense(self, *, unpack: bool = True) -> Dense:
-        """Everything held, as one rectangle in storage order: coded (unless that is not to be unpacked), kept, tail."""
+    def turned(self, part: Part) -> Part:
+        """A part as attention reads it: keys that are held at their source go to where they are placed."""
+        if not (isinstance(part, Ragged) and part.source):
+            return part
+        rotary = self.shared.host.rotary
+        assert rotary is not None and part.placed is not None, "or they had not been moved"
+        by = (part.placed - part.positions).long()
+        return replace(part, keys=rotary.turn(part.keys[None, None], by[None])[0, 0], source=False)
+
+    def _dense(self, *, unpack: bool = True, turned: bool = True) -> Dense:
+        """Everything held, as one rectangle in storage order: coded (unless that is not to be unpacked), kept, tail; as
+        attention reads it, or with keys at their source."""
         b, h, t = self.keys.shape[:3]
         positions, padding = (part.unsqueeze(1).expand(b, h, t) for part in self._tail())
         tail = Dense(self.keys, self.values, positions, positions, padding)
         parts = self.parts if unpack else self.parts[len(self.coded) :]
-        return Dense.join([*(part.read().dense() for part in parts), tail])
+        return Dense.join([*((self.turned(part) if turned else part).read().dense() for part in parts), tail])
 
     def _dense_parts(self) -> tuple[Tensor, Tensor, Tensor]:
         dense = self._dense()
@@ -182,8 +192,11 @@ class Held(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
                 raise UnsupportedModel("the plan moves keys to other positions, and the model has no rotary embedding")
             if bool(old.any()):
                 raise FewerError("keys that are held packed cannot be moved to other positions")
-            by = torch.where(there, plan.moved - chosen.placed, 0)
-            chosen = replace(chosen, keys=rotary.turn(chosen.keys, by), placed=plan.moved)
+            if self._lasting(chosen.positions[there], chosen.placed[there]):
+                chosen = replace(chosen, aim=plan.moved)
+            else:
+                by = torch.where(there, plan.moved - chosen.placed, 0)
+                chosen = replace(chosen, keys=rotary.turn(chosen.keys, by), placed=plan.moved, aim=None)
         layout = self._coded_columns()
         coded, came = list(self.coded), order.gather(2, plan.survivors.clamp(min=0))
         new = plain = there & ~old  # what is left in `plain` is held in full precision, of whatever tier
@@ -198,6 +211,7 @@ class Held(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
                 first = mine & (mine.cumsum(-1) <= counts)
                 if signals is None:
                     signals = {type(need): observer.value() for need, observer in self.observers.items()}
+                whole = self.turned(whole).read()
                 part, columns = store.encode(whole, self.due or "decode", signals), came.masked_fill(~first, -1)
                 for at in reversed(range(len(coded))):  # each tier goes on in a part of its own
                     if (both := joined(coded[: at + 1], part)) is not None:
@@ -217,6 +231,12 @@ class Held(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._weigh()
         return torch.cat(layout, -1)
 
+    def _lasting(self, positions: Tensor, placed: Tensor) -> bool:
+        """Whether keys that move are to be held at their source: turned again and again, those of 16 bits drift, since
+        a turn that is smaller than their rounding is lost each time."""
+        again = self.shared.policy.covers("decode") and self.keys.element_size() < 4
+        return again and bool((positions == placed).all())
+
     @torch.no_grad()
     def _pack(self, phase: Phase) -> None:
         """Hold what fills a block in fewer bits, between two compressions; and a tail that tokens are missing in, whose
@@ -228,7 +248,7 @@ class Held(cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
             return
         start = self._clock()
         self.due = phase
-        dense = self._dense(unpack=False)
+        dense = self._dense(unpack=False, turned=False)
         columns = self.fixed + torch.arange(dense.positions.shape[2], device=self.device).expand_as(dense.positions)
         self.taken(self._carry_out(Plan.keep(~dense.padding), dense, columns))
         self.due = None

@@ -176,7 +176,7 @@ class Layer(Held):  # type: ignore[no-untyped-call]
         tail = None if mask is None else mask[..., -key.shape[2] :]
         if self.coded and query.shape[2] == 1:
             self.shared.transient = max(self.shared.transient, self._unpacked(key, value))
-        mixed = attention.attend(query, parts, key, value, tail, scaling, softcap)
+        mixed = attention.attend(query, [self.turned(part) for part in parts], key, value, tail, scaling, softcap)
         return mixed.transpose(1, 2).contiguous(), None
 
     def _unpacked(self, key: Tensor, value: Tensor) -> int:

@@ -32,7 +32,7 @@ def crop(layer: Held, tokens: int) -> None:
     padding = layer.padding
     lost = [gone] * len(layer.real) if padding is None else (~padding[:, -gone:]).sum(1).tolist()
     left = torch.tensor([real - count for real, count in zip(layer.real, lost, strict=True)], device=layer.device)
-    dense = layer._dense()
+    dense = layer._dense(turned=False)
     if gone > tail:  # into what was packed
         plan = Plan.keep(~dense.padding & (dense.positions < left.view(-1, 1, 1)))
         columns = torch.arange(dense.positions.shape[2], device=layer.device).expand_as(dense.positions)
@@ -100,5 +100,5 @@ def stack(layers: list[H], shared: Shared) -> H:
 def packed(layer: Held) -> Ragged:
     """Everything held, packed in full precision; the layer itself is left as it is."""
     if layer.kept is not None and not layer.keys.shape[2] and not layer.coded:
-        return layer.kept
+        return layer.turned(layer.kept).read()
     return Ragged.pack(layer._dense(), moved=layer.kept is not None and layer.kept.placed is not None)

@@ -23,7 +23,11 @@ class QueryWindow:
 
 @dataclass(frozen=True)
 class Queries:
-    """The last `last` real queries of each row."""
+    """The last `last` real queries of each row since its cache was last compressed.
+
+    So a turn, or the last chunk of a prompt that is read in several, is rated by as many as it has, if these are fewer.
+    Under when="both" and "decode" they are the last of all that were observed.
+    """
 
     last: int
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fewer.signals.step import Observer, Step
@@ -50,9 +50,10 @@ class PerKey:
 
 @dataclass(frozen=True)
 class Received:
-    """Attention each key received, summed over all real queries so far and over the heads that share it.
+    """Attention each key received, summed over all real queries that were observed and over the heads that share it.
 
-    What a query paid is multiplied by `decay` for every real query of its row after it; 1 forgets nothing.
+    What a query paid is multiplied by `decay` for every real query of its row after it, observed or not; 1 forgets
+    nothing. Queries of decoding steps are observed, and summed, where the policy compresses while decoding.
     """
 
     decay: float = 1.0
@@ -67,6 +68,7 @@ class _ReceivedObserver(PerKey):
     def __init__(self, decay: float) -> None:
         super().__init__()
         self.decay = decay
+        self._next: list[int] = []  # the position after the last query of each row that was observed
 
     def observe(self, step: Step) -> None:
         from fewer.score.attention import received  # score reads QueryWindow from here, so not importable above
@@ -74,6 +76,23 @@ class _ReceivedObserver(PerKey):
         keys, positions, padding = step.dense()
         new = received(step, keys, positions, padding, self.decay)
         if (old := self.value()) is not None:
-            aged = self.decay ** (~step.padding).sum(1)[:, None, None]  # by as many real queries as the row has new
+            aged = self.decay ** self._came(step)[:, None, None]
             new[..., : old.shape[-1]] += old * aged  # keys only ever grow at the end between two gathers
         self.put(new)
+        if self.decay != 1:
+            ends = (step.positions.masked_fill(step.padding, -1).amax(1) + 1).tolist()
+            self._next = [end or had for end, had in zip(ends, self._next or ends, strict=True)]
+
+    def _came(self, step: Step) -> Int[Tensor, " b"]:
+        """Real queries of each row since what was last observed: the step's, and those that nobody was shown."""
+        real = ~step.padding
+        new = real.sum(1)
+        if not self._next:
+            return new
+        first = torch.where(real, step.positions, torch.iinfo(step.positions.dtype).max).amin(1)
+        unseen = (first - torch.tensor(self._next, device=first.device)).clamp(min=0)
+        return new + torch.where(new > 0, unseen, 0)
+
+    def rows(self, index: Tensor) -> None:
+        super().rows(index)
+        self._next = [self._next[row] for row in index.tolist()] if self._next else []

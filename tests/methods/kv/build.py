@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fewer.compress import step
+from fewer.score.position import FORCED
 from fewer.signals import Step
 from fewer.types import Budget, Keep, Method, Plan, Site, Tokens
 from tests import gather
@@ -68,6 +69,7 @@ def place(
     rows: Row | Sequence[Row],
     *,
     chunks: Sequence[int] = (),
+    unseen: Sequence[int] = (),
     protect: Sequence[int] = (),
     site: Site = ONLY,
     scaling: float | None = None,
@@ -77,7 +79,8 @@ def place(
 ) -> Tokens:
     """These rows as one batch, short ones padded at the front with `filler`, which no result may depend on.
 
-    The observers see the columns in one forward, or in forwards that end at each of `chunks` and at the end.
+    The observers see the columns in one forward, or in forwards that end at each of `chunks` and at the end, but for
+    those that are `unseen`, by their number.
     """
     rows = [rows] if isinstance(rows, Row) else rows
     longest, dim = max(len(row) for row in rows), rows[0].keys.shape[-1]
@@ -92,7 +95,9 @@ def place(
     wide = positions.unsqueeze(1).expand(*keys.shape[:3])
     output = projection(query.shape[1], values.shape[-1]) if output is None else output
     observers = {need: need.start() for need in method.needs}
-    for start, end in zip([0, *chunks], [*chunks, longest], strict=True):
+    for number, (start, end) in enumerate(zip([0, *chunks], [*chunks, longest], strict=True)):
+        if number in unseen:
+            continue
         shown = Step(
             query[:, :, start:end],
             positions[:, start:end],
@@ -191,9 +196,8 @@ class Cache:
 def agree(ours: Tensor, expected: Tensor) -> None:
     """The same scores to float32's accuracy, and the same tokens forced to stay or to go."""
     assert ours.shape == expected.shape
-    top = torch.finfo(torch.float32).max
-    free = expected.abs() < top
-    assert torch.equal(ours.abs() < top, free) and torch.equal(ours[~free] > 0, expected[~free] > 0), "forced tokens"
+    free = expected.abs() < FORCED
+    assert torch.equal(ours.abs() < FORCED, free) and torch.equal(ours[~free] > 0, expected[~free] > 0), "forced tokens"
     torch.testing.assert_close(ours[free].double(), expected[free].double(), rtol=2e-4, atol=1e-7)
 
 

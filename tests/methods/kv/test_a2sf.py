@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import fewer
 from fewer.methods.kv.a2sf import A2SF
 from fewer.methods.kv.h2o import H2O
 from fewer.score import attention
-from fewer.signals import Received
+from fewer.signals import Received, Step
 from fewer.types import Tokens
 from tests.methods.kv import naive
 from tests.methods.kv.build import (
@@ -22,16 +23,18 @@ from tests.methods.kv.build import (
     same_alone_and_padded,
     same_in_chunks,
 )
+from tests.tiny import prompt, tiny
 
 
-def reference(query: Tensor, keys: Tensor, factor: float) -> Tensor:
-    """Column sums of the attention matrix, row q of n times factor^(n - 1 - q), summed over the group's heads."""
+def reference(query: Tensor, keys: Tensor, factor: float, unseen: range = range(0)) -> Tensor:
+    """Column sums of the attention matrix, row q of n times factor^(n - 1 - q), summed over the group's heads; without
+    the rows that are unseen."""
     h, n, _ = keys.shape
     groups, weights = query.shape[0] // h, naive.attention(query, keys)
     out = torch.zeros(h, n, dtype=torch.float64)
     for head in range(query.shape[0]):
         for q in range(n):
-            out[head // groups] += weights[head, q] * factor ** (n - 1 - q)
+            out[head // groups] += weights[head, q] * factor ** (n - 1 - q) * (q not in unseen)
     return out
 
 
@@ -103,6 +106,64 @@ def test_a_row_ages_by_its_own_queries_alone(chunks: tuple[int, ...]) -> None:
     method = A2SF(0.5)
     batch = place(method, rows, chunks=chunks)
     agree(method.score(batch)[1, :, 12:], reference(rows[1].query, rows[1].keys, 0.5))
+
+
+@pytest.mark.parametrize("chunks", [(20, 50), (1, 59), (20, 21)])
+@pytest.mark.parametrize("factor", [0.0, 0.5, 0.95, 1.0])
+def test_sums_age_by_queries_that_nobody_was_shown(factor: float, chunks: tuple[int, int]) -> None:
+    """A prompt, decoding steps that are not observed, and a second turn; a short row begins among the steps, or in the
+    turn after them. With a factor of 1 the sums are H2O's."""
+    rows, method = [random_row(60), random_row(25, seed=1), random_row(1, seed=2)], A2SF(factor)
+    tokens = place(method, rows, chunks=chunks, unseen=(1,))
+    for index, row in enumerate(rows):
+        missing = 60 - len(row)
+        unseen = range(chunks[0] - missing, chunks[1] - missing)
+        expected = reference(row.query, row.keys, factor, unseen)
+        agree(method.score(tokens)[index, :, missing:], expected)
+    h2o = place(H2O(), rows, chunks=chunks, unseen=(1,))
+    assert factor != 1 or torch.equal(method.score(tokens), H2O().score(h2o))
+
+
+def test_rows_take_along_how_far_they_were_seen() -> None:
+    """Rows 1, 0, 1 of what was seen after 20 tokens, 30 that nobody was shown, and 10 more."""
+    rows, observer = [random_row(60), random_row(60, seed=1)], Received(0.9).start()
+    order = [1, 0, 1]
+
+    def show(rows: list[Row], start: int, end: int) -> None:
+        keys, places = torch.stack([row.keys[:, :end] for row in rows]), torch.arange(end).expand(len(rows), end)
+        wide = places.unsqueeze(1).expand(-1, 2, -1)
+        query = torch.stack([row.query[:, start:end] for row in rows])
+        observer.observe(
+            Step(query, places[:, start:], places[:, start:] < 0, lambda: (keys, wide, wide < 0), 8**-0.5, None, None)
+        )
+
+    show(rows, 0, 20)
+    observer.rows(torch.tensor(order))
+    show([rows[index] for index in order], 50, 60)
+    for place_in_batch, index in enumerate(order):
+        expected = reference(rows[index].query, rows[index].keys, 0.9, range(20, 50))
+        agree(observer.value()[place_in_batch], expected)  # type: ignore[index]
+
+
+@torch.no_grad()
+def test_a_second_turn_finds_the_prompt_as_old_as_it_is() -> None:
+    """20 tokens, 30 of decoding, which are not observed, and 10 more, against the model's own attention."""
+    found: list[Tensor] = []
+
+    class Spy(A2SF):
+        def score(self, tokens: Tokens) -> Tensor:
+            found.append(super().score(tokens))
+            return found[-1]
+
+    model, ids = tiny("llama", num_hidden_layers=1, attn="eager"), prompt(60)
+    weights = model(ids, output_attentions=True).attentions[0][0].double()  # (heads, n, n)
+    with fewer.Cache(model, Spy(), 1000) as cache:
+        for start, end in [(0, 20), *((at, at + 1) for at in range(20, 50)), (50, 60)]:
+            model(ids[:, start:end], past_key_values=cache)
+    age = torch.arange(59, -1, -1)
+    counts = 0.95**age * ((age < 10) | (age >= 40))
+    expected = (weights * counts[:, None]).sum(1)
+    agree(found[-1][0], expected.view(2, -1, 60).sum(1))
 
 
 @pytest.mark.parametrize("cells", [1, 500])

@@ -13,6 +13,7 @@ import fewer
 from fewer.fit import Fit, fingerprint, save
 from fewer.methods.kv.compresskv import CompressKV, shares
 from fewer.methods.kv.snapkv import SnapKV
+from fewer.score.position import FORCED
 from fewer.score.retrieval import STEPS, Needle, head_scores
 from fewer.types import Budget, FewerError, Site
 from tests.adapters.emulate import kept_positions
@@ -40,8 +41,7 @@ def test_worked_example() -> None:
     keys = torch.tensor([[[1.0], [3], [1], [1]], [[2], [1], [1], [1]]]).log()
     method = one_layer(2, window=1, kernel=1, voters=1)
     tokens = place(method, Row(torch.ones(2, 4, 1), keys, keys))
-    top = torch.finfo(torch.float32).max
-    torch.testing.assert_close(method.score(tokens), torch.tensor([[[0.4, 0.2, 0.2, top]] * 2]))
+    torch.testing.assert_close(method.score(tokens), torch.tensor([[[0.4, 0.2, 0.2, FORCED]] * 2]))
     assert kept(tokens, decide(method, 2, tokens)) == [[0, 3]] * 2
 
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 import fewer
-from fewer.methods.kv.ems import EMS
+from fewer.methods.kv.ems import EMS, Seers
 from fewer.reduce.select import top_k
+from fewer.types import Tokens
 from tests.methods.kv import naive
 from tests.methods.kv.build import (
     SIZES,
@@ -64,13 +65,16 @@ def test_the_threshold_by_hand() -> None:
         assert plan.apply(tokens.values).flatten().tolist() == pytest.approx([value, 9.0])
 
 
-def scores_of(row: Row, window: int) -> Tensor:
+def scores_of(row: Row, window: int, unseen: range = range(0)) -> Tensor:
     weights, (h, n, _) = naive.attention(row.query, row.keys), row.keys.shape
     groups, before = row.query.shape[0] // h, max(n - window, 0)
     out = torch.full((h, n), torch.inf, dtype=torch.float64)
     for g in range(h):
         mine = weights[g * groups : (g + 1) * groups].mean(0)
-        seen = torch.tensor([float(mine[:, j].sum()) / (n - j) for j in range(before)], dtype=torch.float64)
+        asked = [q for q in range(n) if q not in unseen]
+        seen = torch.tensor(
+            [float(mine[asked, j].sum()) / sum(q >= j for q in asked) for j in range(before)], dtype=torch.float64
+        )
         local = torch.tensor([float(mine[before:, j].mean()) for j in range(before)], dtype=torch.float64)
         out[g, :before] = seen / seen.sum() + local / local.sum()
     return out
@@ -107,6 +111,46 @@ def test_agrees_with_the_reference(n: int, evict: float) -> None:
         for slot in range(count):
             members = row.keys[head, [j for j, s in enumerate(slots) if s == slot]]
             torch.testing.assert_close(plan.apply(tokens.features)[0, head, slot], members.mean(0))
+
+
+@pytest.mark.parametrize("chunks", [(20, 50), (1, 56), (20, 21)])
+def test_attention_is_shared_by_the_queries_that_were_observed(chunks: tuple[int, int]) -> None:
+    """A prompt, decoding steps that are not observed, and a second turn; a short row begins among the steps."""
+    rows, method = [random_row(60), random_row(25, seed=1)], EMS(window=4)
+    tokens = place(method, rows, chunks=chunks, unseen=(1,))
+    for index, row in enumerate(rows):
+        missing = 60 - len(row)
+        expected = scores_of(row, 4, range(chunks[0] - missing, chunks[1] - missing))
+        agree(method.score(tokens)[index, :, missing:], expected)
+
+
+@torch.no_grad()
+def test_who_could_see_a_key_is_counted_as_it_was_observed() -> None:
+    """12 tokens in a row and 7 in a padded one, 5 of decoding that nobody counts, of which 2 are cropped, and 4 more.
+
+    The first token was seen by 12 (7) and by 4, the third of decoding by the 4 alone, the last token by itself.
+    """
+    found: list[Tensor] = []
+
+    class Spy(EMS):
+        def score(self, tokens: Tokens) -> Tensor:
+            found.append(tokens.signal(Seers, Tensor))
+            return super().score(tokens)
+
+    model, mask = tiny("llama", num_hidden_layers=1), torch.ones(2, 12, dtype=torch.long)
+    mask[1, :5] = 0
+    more = torch.ones(2, 1, dtype=torch.long)
+    with fewer.Cache(model, Spy(window=2), 1000) as cache:
+        model(prompt(12, rows=2), attention_mask=mask, past_key_values=cache)
+        for _ in range(5):
+            mask = torch.cat([mask, more], 1)
+            model(prompt(1, rows=2), attention_mask=mask, past_key_values=cache)
+        cache.crop(-2)
+        mask = torch.cat([mask[:, :-2], more, more, more, more], 1)
+        model(prompt(4, rows=2), attention_mask=mask, past_key_values=cache)
+    late = [4.0, 4, 4, 4, 3, 2, 1]
+    assert found[-1][0].tolist() == [[*range(16, 4, -1), *late]] * 2
+    assert found[-1][1, :, 5:].tolist() == [[*range(11, 4, -1), *late]] * 2
 
 
 def test_padding_and_chunks_change_nothing() -> None:

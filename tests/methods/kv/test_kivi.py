@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -52,8 +53,12 @@ def naive(x: Tensor, bits: int, group: int, by_token: bool) -> list[list[int]]:
     )
     for tile in tiles:
         found = [float(x[at]) for at in tile]
-        zero = float(torch.tensor(min(found)).half())
-        scale = float(torch.tensor((max(found) - min(found)) / (2**bits - 1)).half())
+        low = zero = float(torch.tensor(min(found)).half())
+        if bits < 8:
+            low = min(found)
+        elif zero > min(found):  # in 8 bits zero is rounded down, and the scale goes from there
+            low = zero = float(np.nextafter(np.float16(zero), np.float16(-np.inf)))
+        scale = float(torch.tensor((max(found) - low) / (2**bits - 1)).half())
         for (i, j), value in zip(tile, found, strict=True):
             codes[i][j] = min(max(round((value - zero) / scale), 0), 2**bits - 1)
     return codes

@@ -51,7 +51,7 @@ def reference(n: int, count: int, sinks: int) -> tuple[list[int], list[int]]:
     """Which of n tokens stay as they are, and which become one."""
     if count >= n:
         return list(range(n)), []
-    order = [*range(min(sinks, n) - 1, -1, -1), *range(n - 1, min(sinks, n) - 1, -1)]  # what stays first
+    order = [*range(min(sinks, n)), *range(n - 1, min(sinks, n) - 1, -1)]  # what stays first
     stay = sorted(order[: count - 1])
     return stay, [j for j in range(n) if j not in stay]
 

@@ -173,13 +173,16 @@ def test_padding_and_chunks_change_nothing() -> None:
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("keep", [2, 3, 4, 5, 0.01, 0.5, 1.0])
 def test_any_budget_is_met(n: int, keep: float | int) -> None:
-    """Budgets below the sinks keep the latest of the sinks, as in StreamingLLM; protected tokens come first."""
+    """Budgets below the sinks keep the earliest of them, as in StreamingLLM: sinks stay because attention leans on the
+    first tokens, on token 0 above all, so that is the last that may go. Protected tokens come before them."""
     for site in (Site(), DECODE):
         tokens = place(TreeKV(), random_row(n), site=site)
         plan = decide(TreeKV(), keep, tokens)
         assert plan.moved is not None and plan.moved[0, 0].tolist() == list(range(n - int(plan.counts[0, 0]), n))
         guarded = place(TreeKV(), random_row(n), site=site, protect=[n // 2])
         assert all(n // 2 in head for head in kept(guarded, decide(TreeKV(), keep, guarded)))
+        for head, count in zip(kept(tokens, plan), plan.counts[0].tolist(), strict=True):
+            assert head[:4] == list(range(min(count, 4)))
 
 
 def test_moved_keys_keep_their_distances_inside() -> None:

@@ -4,8 +4,9 @@
     keep the last r tokens, and the top of A among the others
 
 Differs from the paper: scores are summed over the query heads that share a key-value head, as the authors' code does;
-evicts when the policy compresses (their code after the prompt only, the paper after every token). The defaults are
-those of their code, a factor of 0.95 and 16 recent tokens.
+evicts when the policy compresses (their code after the prompt only, the paper after every token). Queries of decoding
+are not summed unless when="both", but what was summed before them ages by them. The defaults are those of their code, a
+factor of 0.95 and 16 recent tokens.
 """
 
 from dataclasses import dataclass

@@ -8,7 +8,7 @@
 
 Differs from the paper: a layer's 32 is less where the budget's average is, and 3 averages are at most the prompt; fits
 count answers by ROUGE-1 recall over 50 on tokens, where the authors' is on stemmed words, and add a needle token's
-attention once, where theirs adds it as often as it stands in the needle; errors are measured on the same needles.
+attention once, theirs as often as it stands there; errors are summed over answer steps, measured on the same needles.
 """
 
 from collections.abc import Callable, Sequence

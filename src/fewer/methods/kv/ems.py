@@ -1,6 +1,6 @@
 """EMS (arXiv 2412.08521): score globally and locally, evict the worst, merge the middle into the best.
 
-    g_j = attention that key j received, over the number of queries that could see it
+    g_j = attention that key j received, over the number of observed queries that could see it
     l_j = attention from the last w queries
     s   = g / sum g + l / sum l                                    both over the tokens before the window
     centres    the window, and the top of s before it
@@ -11,7 +11,8 @@
 Differs from the paper: only its abstract and summaries of it were at hand, which tell the steps and not the formulas.
 How g and l are normalised, what decides between evicting and merging, the mean, and all defaults are ours; the zero
 class is a slot of -1 and not an extra centre, which comes to the same. Keys are averaged as stored, each rotated at its
-own position. Scores are shared by the query heads of a group.
+own position. Scores are shared by the query heads of a group. Queries of decoding are neither summed nor counted in g,
+unless when="both".
 """
 
 from dataclasses import dataclass
@@ -26,8 +27,29 @@ from fewer.reduce.merge import absorb, nearest
 from fewer.reduce.select import top_k
 from fewer.score.attention import per_head, window_attention
 from fewer.score.position import latest, must_stay
-from fewer.signals import Queries, QueryWindow, Received
+from fewer.signals import PerKey, Queries, QueryWindow, Received, Step
 from fewer.types import Allocation, Budget, Card, Plan, Tokens
+
+
+@dataclass(frozen=True)
+class Seers:
+    """How many real queries, of those that were observed, could see each key: `(b, h, n)`."""
+
+    key_bytes: ClassVar[int] = 4  # float32, for as long as the key is kept
+
+    def start(self) -> "_SeersObserver":
+        return _SeersObserver()
+
+
+class _SeersObserver(PerKey):
+    def observe(self, step: Step) -> None:
+        b, h, n = step.dense()[1].shape
+        later = (~step.padding).flip(1).cumsum(1).flip(1)  # (b, q): from each new token on
+        older = later[:, :1].expand(b, n - later.shape[1])
+        new = torch.cat([older, later], 1).unsqueeze(1).repeat(1, h, 1).float()
+        if (old := self.value()) is not None:
+            new[..., : old.shape[-1]] += old  # keys only ever grow at the end between two gathers
+        self.put(new)
 
 
 @dataclass(frozen=True)
@@ -54,18 +76,18 @@ class EMS:
 
     def __post_init__(self) -> None:
         checks.counts(window=self.window)
-        checks.numbers(evict=self.evict)
+        checks.numbers(evict=self.evict, threshold=self.threshold)
 
     @property
     def needs(self) -> frozenset[object]:
-        return frozenset({Received(), Queries(last=self.window)})
+        return frozenset({Received(), Seers(), Queries(last=self.window)})
 
     def score(self, tokens: Tokens) -> Tensor:
         observers, h = tokens.signal(Queries, QueryWindow), tokens.positions.shape[1]
-        could_see = (tokens.seen.view(-1, 1, 1) - tokens.positions).clamp(min=1)
+        could_see = tokens.signal(Seers, Tensor).clamp(min=1)
         local = window_attention(observers, tokens.features, tokens.positions, tokens.padding)
         window = latest(tokens, self.window)
-        rated = torch.zeros_like(could_see, dtype=torch.float32)
+        rated = torch.zeros_like(could_see)
         for part in (tokens.signal(Received, Tensor) / could_see, per_head(local, h)):
             part = part.masked_fill(window | tokens.padding, 0)
             rated = rated + part / part.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)

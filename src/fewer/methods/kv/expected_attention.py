@@ -18,7 +18,7 @@ from torch import Tensor
 from fewer import checks
 from fewer.allocate.uniform import uniform
 from fewer.reduce.select import top_k
-from fewer.score.position import must_stay
+from fewer.score.position import sinks_stay
 from fewer.signals import Moments, QueryMoments
 from fewer.types import Allocation, Budget, Card, FewerError, Plan, Tokens
 
@@ -63,7 +63,7 @@ class ExpectedAttention:
             logits[:, :, group] += (keys @ covariance[:, :, group] * keys).sum(-1) * (moments.scaling**2 / 2)
         ignored = (tokens.padding | sinks).unsqueeze(2)
         expected = logits.masked_fill(ignored, torch.finfo(torch.float32).min).softmax(-1).mean(2)  # (b, h, n)
-        return must_stay((expected + self.eps) * tokens.values.float().norm(dim=-1), sinks)
+        return sinks_stay((expected + self.eps) * tokens.values.float().norm(dim=-1), tokens, self.sinks)
 
     def _turns(self, moments: QueryMoments) -> Tensor:
         """The mean rotation of each row's upcoming positions."""

@@ -8,11 +8,12 @@
 The low-rank part is what the errors of many tokens share, the sparse part what would stretch a group's grid; numbers
 that have neither, as normal ones, are better off with smaller groups for the same bytes. GEAR-L is `sparsity=0.0`.
 
-Differs from the paper: outliers are found among g tokens of one head at a time, by their distance from the mean of
-their channel (keys) or token (values), where the paper takes as many from each channel of the prompt and from each
-token over all heads; so a small share is not rounded to none, and heads may hold different tokens. They are exact at
-the end; the authors' code adds the low-rank part to them. That code has b^2 - 1 steps where there are outliers, which
-is 2^b - 1 for 2 and 4 bits only. The power iteration starts from a fixed seed.
+Differs from the paper: of its two backbones only KIVI's groups are here. Outliers are found among g tokens of one head
+at a time, by their distance from the mean of their channel (keys) or token (values), where the paper takes as many from
+each channel of the prompt and from each token over all heads; so a small share is not rounded to none, and heads may
+hold different tokens. They are exact at the end; the authors' code adds the low-rank part to them. That code has
+b^2 - 1 steps where there are outliers, which is 2^b - 1 for 2 and 4 bits only. The power iteration starts from a fixed
+seed.
 """
 
 from collections.abc import Mapping, Sequence

@@ -4,7 +4,8 @@
     keep the last r tokens, and the top of F among the others
 
 Differs from the paper: scores are summed over the query heads that share a key-value head, so that grouped-query caches
-stay at their own size; evicts when the policy compresses, not after every token (`when="both", every=1` does).
+stay at their own size; evicts when the policy compresses, not after every token (`when="both", every=1` does). Queries
+of decoding are not summed unless when="both".
 """
 
 from dataclasses import dataclass

@@ -26,7 +26,7 @@ from fewer.allocate.uniform import uniform
 from fewer.fit import Fit, fingerprint, load
 from fewer.methods.any.full import Full
 from fewer.reduce.select import top_k
-from fewer.score.position import latest, must_stay
+from fewer.score.position import latest, must_stay, sinks_stay
 from fewer.score.reconstruction import Reconstruction
 from fewer.score.surrogate import Hidden, HiddenStates, Predicted, fit_heads
 from fewer.signals import EveryLayer
@@ -75,10 +75,9 @@ class KVzap:
     def score(self, tokens: Tokens) -> Tensor:
         predicted = tokens.signal(Predicted, Tensor)
         never = (predicted == 0) & ~tokens.padding
-        stays = never | (tokens.positions < SINKS)
         if tokens.site.phase == "decode" and bool(never.any()):
             raise FewerError("KVzap rates tokens as they are read, so it must see the prompt too: use when='both'")
-        return must_stay(predicted, stays | latest(tokens, self.window))
+        return sinks_stay(must_stay(predicted, never | latest(tokens, self.window)), tokens, SINKS)
 
     def allocate(self, tokens: Tokens, scores: Tensor, budget: Budget) -> Allocation:
         return across_layers(tokens, budget) if self.across else uniform(tokens, budget)

@@ -21,7 +21,7 @@ from torch import Tensor
 from fewer import checks
 from fewer.allocate.across_layers import across_layers
 from fewer.reduce.select import top_k
-from fewer.score.position import must_stay
+from fewer.score.position import must_stay, sinks_stay
 from fewer.score.reconstruction import UNASKED, Instruction, Reconstruction
 from fewer.signals import EveryLayer
 from fewer.types import Allocation, Budget, Card, Plan, Tokens
@@ -77,7 +77,7 @@ class KVzip:
 
     def score(self, tokens: Tokens) -> Tensor:
         rated = tokens.signal(Reconstruction, Tensor)
-        return must_stay(rated, (rated == 0) | (tokens.positions < self.sinks))
+        return sinks_stay(must_stay(rated, rated == 0), tokens, self.sinks)
 
     def allocate(self, tokens: Tokens, scores: Tensor, budget: Budget) -> Allocation:
         return across_layers(tokens, budget)

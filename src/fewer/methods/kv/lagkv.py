@@ -8,6 +8,7 @@
 Differs from the paper: as in its author's code for kvpress, the budget is met by the best ranks over all partitions,
 where the paper takes as many from each; when a cache is compressed again it is cut anew, where the paper lets a
 partition be once it was compressed. Rows of less than the sinks and two partitions keep their latest tokens, as there.
+A budget below the sinks and the tail keeps these alone, by their age: no score is used.
 Channels that are constant over a partition, for which the formula divides by zero, are only shifted.
 """
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from fewer import checks
 from fewer.allocate.uniform import uniform
 from fewer.reduce.select import top_k
-from fewer.score.position import must_stay
+from fewer.score.position import sinks_stay
 from fewer.types import Allocation, Budget, Card, MissingSignal, Plan, Tokens
 
 
@@ -66,7 +67,7 @@ class LagKV:
             inside = (judged >= 0) & (judged < whole - 1)
             own = (ranks / self.lag).flatten(-2).gather(-1, rank.clamp(0, (most - 1) * self.lag - 1))
             scores = torch.where(inside, own, scores)
-        return must_stay(scores, sinks)
+        return sinks_stay(scores, tokens, self.sinks)
 
     def _stands_out(self, x: Float[Tensor, "b h n d"], at: Tensor) -> Float[Tensor, "b h p lag"]:
         """Each token's share of its partition's spread, for all partitions but the last."""

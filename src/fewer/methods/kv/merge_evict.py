@@ -12,6 +12,7 @@ Keys are averaged as they are stored, rotated at different positions, as the aut
 Differs from the paper: no text prior, every token is alike, and LOOK-M's first 4 tokens are not forced to stay. Its own
 weighted merge (t + sum cos e over 1 + count, for tokens above the layer's mean cosine) shrinks keys and is not offered.
 Its released average merge picks tokens by that mean too, but then folds others in their place; ours follows the paper.
+Heavy hitters are H2O's: queries of decoding are not summed unless when="both".
 """
 
 from dataclasses import dataclass, field

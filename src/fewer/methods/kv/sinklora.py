@@ -6,6 +6,7 @@
 Differs from the paper: this is its cache alone; its training, shifted sparse attention with global sinks, is not here.
 The paper says that it runs H2O on models whose sinks are global, its repository holds neither part, and how many sinks
 a cache keeps is not said in what could be read: 4 is StreamingLLM's number, half of the rest for recent tokens H2O's.
+Queries of decoding are not summed unless when="both".
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import Tensor
 from fewer import checks
 from fewer.allocate.uniform import uniform
 from fewer.reduce.select import top_k
-from fewer.score.position import must_stay
+from fewer.score.position import must_stay, sinks_stay
 from fewer.signals import Received
 from fewer.types import Allocation, Budget, Card, Plan, Tokens
 
@@ -46,7 +47,7 @@ class SinkLoRA:
         checks.shares(recent=self.recent)
 
     def score(self, tokens: Tokens) -> Tensor:
-        return must_stay(tokens.signal(Received, Tensor), tokens.positions < self.sinks)
+        return sinks_stay(tokens.signal(Received, Tensor), tokens, self.sinks)
 
     def allocate(self, tokens: Tokens, scores: Tensor, budget: Budget) -> Allocation:
         return uniform(tokens, budget)

@@ -5,7 +5,8 @@
     keep the window, and the top of s before it
 
 Differs from the paper: scores are averaged over the query heads that share a key-value head, so that grouped-query
-caches stay at their own size. A budget smaller than the window keeps the window's latest tokens.
+caches stay at their own size. A budget smaller than the window keeps the window's latest tokens. A chunk shorter than
+the window observes with the queries it has; see `Queries`.
 """
 
 from dataclasses import dataclass

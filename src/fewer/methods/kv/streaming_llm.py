@@ -18,7 +18,7 @@ from torch import Tensor
 from fewer import checks
 from fewer.allocate.uniform import uniform
 from fewer.reduce.select import top_k
-from fewer.score.position import must_stay
+from fewer.score.position import sinks_stay
 from fewer.signals import Rotation
 from fewer.types import Allocation, Budget, Card, Plan, Tokens
 
@@ -50,7 +50,7 @@ class StreamingLLM:
         return frozenset({Rotation()} if self.positions == "cache" else ())
 
     def score(self, tokens: Tokens) -> Tensor:
-        return must_stay(tokens.positions.float(), tokens.positions < self.sinks)
+        return sinks_stay(tokens.positions.float(), tokens, self.sinks)
 
     def allocate(self, tokens: Tokens, scores: Tensor, budget: Budget) -> Allocation:
         return uniform(tokens, budget)

@@ -2,7 +2,8 @@
 
     s_j = mean over all heads of softmax(q_last K^T)_j, one score for all heads of a layer
 
-Differs from the paper: evicts when the policy compresses, not after every token (`when="both", every=1` does).
+Differs from the paper: evicts when the policy compresses, not after every token (`when="both", every=1` does). The last
+token is not protected, where kvpress does that: it stays by the attention that it pays to itself.
 """
 
 from dataclasses import dataclass

@@ -1,12 +1,13 @@
 """TreeKV (arXiv 2501.04987): neighbours compete at a place that moves on, so the cache thins out smoothly to the left.
 
     s_j = S_j / n_j             mean attention that token j received from the n_j queries that have seen it
-    where the cache holds one too many:  of the tree's entries i and i + 1 the lower goes;  i = (i + 1) mod c
+    where the cache holds one too many:  of the tree's entries i and i + 1 the lower goes;  i = (i + 1) mod r
     a prompt, block by block:   the last block's queries rate, entries are blocks, by the mean over their tokens
     the first tokens and the recent ones are outside the tree; positions are counted inside the cache
 
-Of a cache of 1,024, 4 are sinks, 508 recent and 512 the tree's. The pointer is not stored: i follows from how many
-tokens were evicted before. Keys are moved as in our StreamingLLM: every distance is then the one inside the cache.
+Of a cache of 1,024, 4 are sinks, 508 recent and 512 the tree's: r is the tree's room alone. The pointer is not stored:
+i follows from how many tokens were evicted before. Keys are moved as in our StreamingLLM: every distance is then the
+one inside the cache.
 
 Differs from the paper: the size of a block is not in what could be read, 64 is ours; less than a block that is still
 too many goes token by token, so that counts are exact; n_j counts the queries from the token on, all of which must have
@@ -24,7 +25,7 @@ from fewer import checks
 from fewer.allocate.uniform import uniform
 from fewer.reduce.select import top_k
 from fewer.score.attention import per_head, window_attention
-from fewer.score.position import must_stay
+from fewer.score.position import must_stay, sinks_stay
 from fewer.signals import Queries, QueryWindow, Received, Rotation
 from fewer.types import Allocation, Budget, Card, Plan, Tokens
 
@@ -83,7 +84,7 @@ class TreeKV:
                 entries = (~stays[row, head]).nonzero().flatten()
                 kept = self._thinned(worth[row, head, entries], many, before, tokens.site.phase == "prefill")
                 stays[row, head, entries[kept]] = True
-        outcome = must_stay(torch.zeros_like(scores), stays.to(scores.device))
+        outcome = sinks_stay(must_stay(torch.zeros_like(scores), stays.to(scores.device)), tokens, self.sinks)
         plan = top_k(torch.where(scores.isfinite(), outcome, scores), allocation)
         slots = torch.arange(plan.survivors.shape[-1], device=plan.slot.device)
         return replace(plan, moved=tokens.seen.view(-1, 1, 1) - plan.counts.unsqueeze(-1) + slots)
