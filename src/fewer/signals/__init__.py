@@ -20,7 +20,7 @@ Others stand with what they are for:
     score.reconstruction  Reconstruction: what the model looks at when it repeats its prompt
     score.copying         Copying: which heads copy
     methods.kv.dapq       Pseudo: queries of tokens still to come
-    methods.kv.ems        Seers: how many of the observed queries could see each key
+    methods.kv.ems        Seers: which queries were observed
     methods.kv.razorattention    Mass: what each kept key counts as
 
 A need may also say, as class attributes, what it takes from the host:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import fewer
-from fewer.methods.kv.ems import EMS, Seers
+from fewer.methods.kv.ems import EMS, Seers, seen_by
 from fewer.reduce.select import top_k
 from fewer.types import Tokens
 from tests.methods.kv import naive
@@ -134,7 +134,7 @@ def test_who_could_see_a_key_is_counted_as_it_was_observed() -> None:
 
     class Spy(EMS):
         def score(self, tokens: Tokens) -> Tensor:
-            found.append(tokens.signal(Seers, Tensor))
+            found.append(seen_by(tokens.signal(Seers, list), tokens.positions).float())
             return super().score(tokens)
 
     model, mask = tiny("llama", num_hidden_layers=1), torch.ones(2, 12, dtype=torch.long)

@@ -27,29 +27,52 @@ from fewer.reduce.merge import absorb, nearest
 from fewer.reduce.select import top_k
 from fewer.score.attention import per_head, window_attention
 from fewer.score.position import latest, must_stay
-from fewer.signals import PerKey, Queries, QueryWindow, Received, Step
+from fewer.signals import Queries, QueryWindow, Received, Step
 from fewer.types import Allocation, Budget, Card, Plan, Tokens
 
 
 @dataclass(frozen=True)
 class Seers:
-    """How many real queries, of those that were observed, could see each key: `(b, h, n)`."""
+    """Which real queries were observed: for each row, runs of positions, from one to before another."""
 
-    key_bytes: ClassVar[int] = 4  # float32, for as long as the key is kept
+    key_bytes: ClassVar[int] = 0
 
     def start(self) -> "_SeersObserver":
         return _SeersObserver()
 
 
-class _SeersObserver(PerKey):
+class _SeersObserver:
+    lasting, nbytes = True, 0  # a few numbers a row
+
+    def __init__(self) -> None:
+        self._runs: list[list[list[int]]] = []
+
     def observe(self, step: Step) -> None:
-        b, h, n = step.dense()[1].shape
-        later = (~step.padding).flip(1).cumsum(1).flip(1)  # (b, q): from each new token on
-        older = later[:, :1].expand(b, n - later.shape[1])
-        new = torch.cat([older, later], 1).unsqueeze(1).repeat(1, h, 1).float()
-        if (old := self.value()) is not None:
-            new[..., : old.shape[-1]] += old  # keys only ever grow at the end between two gathers
-        self.put(new)
+        self._runs = self._runs or [[] for _ in step.padding]
+        for runs, positions, padding in zip(self._runs, step.positions, step.padding, strict=True):
+            real = positions[~padding].tolist()
+            if real and runs and runs[-1][1] == real[0]:
+                runs[-1][1] = real[-1] + 1
+            elif real:
+                runs.append([real[0], real[-1] + 1])
+
+    def value(self) -> list[list[list[int]]]:
+        return self._runs
+
+    def regather(self, index: Tensor) -> None:
+        """Queries that were observed stay so, whichever keys are left."""
+
+    def rows(self, index: Tensor) -> None:
+        self._runs = [[[*run] for run in self._runs[row]] for row in index.tolist()]
+
+
+def seen_by(runs: list[list[list[int]]], positions: Tensor) -> Tensor:
+    """How many of these queries could see each key `(b, h, n)`, at least one."""
+    rows = [
+        sum(((end - at.clamp(min=start)).clamp(min=0) for start, end in row), torch.zeros_like(at))
+        for row, at in zip(runs, positions, strict=True)
+    ]
+    return torch.stack(rows).clamp(min=1)
 
 
 @dataclass(frozen=True)
@@ -84,10 +107,10 @@ class EMS:
 
     def score(self, tokens: Tokens) -> Tensor:
         observers, h = tokens.signal(Queries, QueryWindow), tokens.positions.shape[1]
-        could_see = tokens.signal(Seers, Tensor).clamp(min=1)
+        could_see = seen_by(tokens.signal(Seers, list), tokens.positions)
         local = window_attention(observers, tokens.features, tokens.positions, tokens.padding)
         window = latest(tokens, self.window)
-        rated = torch.zeros_like(could_see)
+        rated = torch.zeros_like(could_see, dtype=torch.float32)
         for part in (tokens.signal(Received, Tensor) / could_see, per_head(local, h)):
             part = part.masked_fill(window | tokens.padding, 0)
             rated = rated + part / part.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
