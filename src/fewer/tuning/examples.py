@@ -212,7 +212,7 @@ def _of(where: str, number: int, fields: Any, folder: Path) -> Example:
 def _seen(path: str) -> str:
     try:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except OSError:  # who asks says so
+    except (OSError, ValueError):  # who asks says so
         return path
 
 
