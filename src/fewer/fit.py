@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ USES = (
     "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "attention_multiplier", "query_pre_attn_scalar",
     "attn_logit_softcapping", "final_logit_softcapping", "logits_scaling", "residual_multiplier", "layer_types",
 )  # fmt: skip
-"""What answers depend on, beside the weights."""
+"""What states and answers depend on, beside the weights."""
 
 SAMPLE = 64
 """Most numbers of each weight that a fingerprint reads."""
@@ -97,18 +97,20 @@ def load(path: str | Path, method: str | None = None) -> Fit:
 
 
 @torch.no_grad()
-def fingerprint(model: nn.Module, answering: bool = False) -> str:
-    """A name for the weights of a model: sha256 over its sizes and a sample of every weight.
+def fingerprint(model: nn.Module, of: Literal["weights", "states", "answers"] = "weights") -> str:
+    """A name for a model: sha256 over its sizes and a sample of every weight.
 
-    The sample is rounded to bfloat16, so that a model loaded in half precision still is the same. With `answering` all
-    that its answers depend on is in it: a head of its own, and what its config says of how weights are used.
+    The sample is rounded to bfloat16, so that a model loaded in half precision still is the same.
+
+    Args:
+        of: how much of the model is in it: its "weights" below the head, which is what a fit is for; what its "states"
+            depend on, which is also what its config says of how they are used; or what its "answers" do: the head too.
     """
     config: Any = getattr(model, "config", None)  # timm's models have none: their weights' names and shapes tell them
     if config is not None:
         config = config.get_text_config(decoder=True)
-    sizes = [f"{name}={getattr(config, name, None)}" for name in (*SIZES, *(USES if answering else ()))]
-    # a fit is for the weights alone, with or without a head on them
-    inner: nn.Module = model if answering else getattr(model, "base_model", model)
+    sizes = [f"{name}={getattr(config, name, None)}" for name in (*SIZES, *(() if of == "weights" else USES))]
+    inner: nn.Module = model if of == "answers" else getattr(model, "base_model", model)
     names, samples = [], []
     for name, weight in sorted(inner.named_parameters()):
         names.append(f"{name} {tuple(weight.shape)}")

@@ -1,6 +1,5 @@
 """Saved caches: as they were, with their method and positions, and refused when they are not what they say."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fewer
+from fewer.adapters.hf_save import FORMAT, VERSION
 from fewer.types import FewerError
 from tests.adapters.common import FAMILIES, MORE_METHODS, SNAP
 from tests.adapters.emulate import ours
@@ -86,15 +86,6 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def test_files_from_before_an_attribute_was_renamed_are_read(saved: Path) -> None:
-    """What marks the padding among a layer's latest tokens is under its first name in them."""
-    from fewer import files
-
-    head, _ = files.read(saved, "fewer-cache", "1", "saved cache")
-    state = json.loads(head["cache"])["layers"][0]["state"]
-    assert "hidden" in state and "padding" not in state
-
-
 def test_a_truncated_file_is_refused(saved: Path) -> None:
     data = saved.read_bytes()
     for length in (0, 7, 100, len(data) // 2, len(data) - 1):
@@ -129,13 +120,24 @@ def test_another_model_is_refused(saved: Path) -> None:
         fewer.Cache.load(other, saved)
     with pytest.raises(FewerError, match="another model"):
         fewer.Cache.load(tiny("qwen2"), saved)
+    for setting in ({"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, {"rms_norm_eps": 0.1}):
+        with pytest.raises(FewerError, match="other settings of the same ones"):  # whose keys are others
+            fewer.Cache.load(tiny("llama", **setting), saved)
+
+
+@torch.no_grad()
+def test_a_head_is_no_part_of_what_a_cache_is_for(saved: Path) -> None:
+    model, more = tiny("llama"), prompt(3, seed=7)
+    with fewer.Cache.load(model.base_model, saved) as cache, fewer.Cache.load(model, saved) as whole:
+        states = model.base_model(more, past_key_values=cache).last_hidden_state
+        assert torch.equal(model.lm_head(states), model(more, past_key_values=whole).logits)
 
 
 def test_a_class_that_is_not_known_is_refused(saved: Path) -> None:
     """With the checksum made to fit, so that only the list of classes stands between the file and the class."""
     from fewer import files
 
-    head, tensors = files.read(saved, "fewer-cache", "1", "saved cache")
+    head, tensors = files.read(saved, FORMAT, VERSION, "saved cache")
     head["cache"] = head["cache"].replace("fewer.ragged.Ragged", "subprocess.Popen")
     files.write(saved, load_file(saved) and tensors, head)
     with pytest.raises(FewerError, match=r"subprocess\.Popen"):

@@ -139,7 +139,7 @@ def test_a_plan_is_used_as_it_was_measured(fewer, model: str, tmp_path: Path) ->
         host = Texts(loaded, tokenizer, most=7, unseen=unseen)
         setting = Setting(held=Held("tova", 0.2))
         promise = Promise(0.1, 0.9, "changed", 50, 0.0, 0.01, 5, 0.0, unseen, 7, 1.0)
-        TunedPlan(setting, model, fingerprint(loaded, answering=True), promise, versions()).save(tmp_path / "plan.toml")
+        TunedPlan(setting, model, fingerprint(loaded, "answers"), promise, versions()).save(tmp_path / "plan.toml")
         config = Path(model) / "generation_config.json"
         said = json.loads(config.read_text())
         config.write_text(json.dumps({**said, "repetition_penalty": 1.9}))

@@ -23,7 +23,7 @@ PROMISE = Promise(0.02, 0.95, "wrong", 180, 0.0, 0.026, 30, 0.0)
 
 
 def made(model: object, setting: Setting = Setting(held=Held("knorm", 0.5))) -> TunedPlan:  # noqa: B008 - frozen
-    name = fingerprint(model, answering=True)  # type: ignore[arg-type]
+    name = fingerprint(model, "answers")  # type: ignore[arg-type]
     return TunedPlan(setting, "default", name, PROMISE, planfile.versions())
 
 

@@ -1,7 +1,7 @@
 """A compressed cache as one safetensors file: tensors by name, everything else as JSON in the header.
 
     save:  cache -> plain data, each tensor replaced by its name -> file, with a checksum over all of it
-    load:  file -> checked -> plain data -> objects of known classes only, on a model of the same weights
+    load:  file -> checked -> plain data -> objects of known classes only, on a model of the same weights and settings
 
 Nothing in a file is run: objects are made from a fixed list of dataclasses, and names that are not on it are refused.
 """
@@ -24,13 +24,10 @@ from fewer.ragged import Ragged
 from fewer.signals import QueryWindow, Rotary
 from fewer.types import Budget, FewerError
 
-FORMAT, VERSION = "fewer-cache", "1"
+FORMAT, VERSION = "fewer-cache", "2"
 
 LAYER = ("keys", "values", "padding", "coded", "kept", "length", "real", "asked", "since")
 """What a layer of ours is, but for its observers and what it shares with the others."""
-
-IN_FILE = {"padding": "hidden"}
-"""What files of this version know by another name."""
 
 SLIDING = ("keys", "values", "cumulative_length")
 """What a sliding-window layer of transformers is."""
@@ -139,7 +136,7 @@ def save(cache: Any, path: str | Path) -> None:
         names = LAYER if mine else SLIDING
         state = {}
         if layer.is_initialized:
-            state = {IN_FILE.get(name, name): pack(getattr(layer, name), f"layer {index}.{name}") for name in names}
+            state = {name: pack(getattr(layer, name), f"layer {index}.{name}") for name in names}
         if mine and layer.is_initialized:
             state["observers"] = [
                 [
@@ -160,7 +157,8 @@ def save(cache: Any, path: str | Path) -> None:
         "notes": shared.notes,
         "layers": layers,
     }
-    head = {"format": FORMAT, "version": VERSION, "model": fingerprint(shared.host.model), "cache": json.dumps(data)}
+    model = fingerprint(shared.host.model, "states")
+    head = {"format": FORMAT, "version": VERSION, "model": model, "cache": json.dumps(data)}
     files.write(path, pack.tensors, head)
 
 
@@ -172,9 +170,10 @@ def load(cache_class: Any, model: Any, path: str | Path) -> Any:
 
     head, tensors = files.read(path, FORMAT, VERSION, "saved cache")
     host, data = Host.of(model), json.loads(head["cache"])
-    if head["model"] != fingerprint(model):
+    if head["model"] != fingerprint(model, "states"):
         raise FewerError(
-            f"{path} was saved from another model, or from other weights, than this {type(model).__name__}"
+            f"{path} was saved from another model, from other weights, or from other settings of the same ones (of its "
+            f"rotary embedding, say), than this {type(model).__name__}"
         )
     device = host.model.device
     unpack = _Unpack({name: tensor.to(device) for name, tensor in tensors.items()}, host.rotary)
@@ -184,8 +183,7 @@ def load(cache_class: Any, model: Any, path: str | Path) -> Any:
     for layer, saved in zip(cache.layers, data["layers"], strict=True):
         if not saved["state"]:
             continue
-        ours = {saved: name for name, saved in IN_FILE.items()}
-        made = {ours.get(name, name): unpack(value) for name, value in saved["state"].items() if name != "observers"}
+        made = {name: unpack(value) for name, value in saved["state"].items() if name != "observers"}
         layer.lazy_initialization(made["keys"], made["values"])
         for name, value in made.items():
             setattr(layer, name, value)

@@ -115,7 +115,7 @@ def tune(
     made.check([*choosing, *calibrating, *held_out])
     if getattr(model, "training", False):
         raise FewerError(f"tune: this {type(model).__name__} is in training mode and answers at random: call .eval()")
-    fingerprint = fits.fingerprint(model, answering=True)
+    fingerprint = fits.fingerprint(model, "answers")
     about = {
         "model": fingerprint, "dtype": str(getattr(model, "dtype", None)), "host": type(made).__name__,
         "reads": _reads(processor), "unseen": unseen, "max_new_tokens": max_new_tokens, "seed": seed,

@@ -165,7 +165,7 @@ class TunedPlan:
 
     def check(self, model: Any) -> None:
         """Raise `FewerError` if this is not the model that the plan is for."""
-        if self.fingerprint and (ours := fit.fingerprint(model, answering=True)) != self.fingerprint:
+        if self.fingerprint and (ours := fit.fingerprint(model, "answers")) != self.fingerprint:
             raise FewerError(
                 f"the plan is for {self.model or 'another model'} ({self.fingerprint[:12]}), and this "
                 f"{type(model).__name__} is another one ({ours[:12]}); {AGAIN} on this one"
