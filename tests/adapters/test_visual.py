@@ -307,7 +307,7 @@ def test_chunks_of_a_prompt() -> None:
         assert len(run.kept[0][0]) == 9
 
 
-ASKING = ("fastv", "pyramiddrop", "cmai", "mini-monkey", "sparsevlm", "mustdrop")
+ASKING = ("fastv", "pyramiddrop", "cmai", "mini-monkey", "sparsevlm", "mustdrop", "feather")
 
 
 @pytest.mark.parametrize("method", ASKING)

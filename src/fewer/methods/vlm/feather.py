@@ -20,7 +20,7 @@ from torch import Tensor
 from fewer.allocate.uniform import uniform
 from fewer.errors import FewerError
 from fewer.reduce.select import top_k
-from fewer.score.looking import ahead
+from fewer.score.looking import ahead, asking
 from fewer.signals.visual import Layout, Looked, Places, TextAttention
 from fewer.types import Allocation, Budget, Card, Plan, Tokens
 
@@ -62,7 +62,7 @@ class Feather:
 
     def score(self, tokens: Tokens) -> Tensor:
         looked = tokens.signal(TextAttention, Looked)
-        query = looked.plain_query[:, -1:].float()
+        query = looked.plain_query[:, asking(looked, self)[-1:]].float()
         key = looked.plain_key[:, looked.visual - looked.before].float()
         logits = query @ key.repeat_interleave(len(query) // len(key), 0).mT * looked.scaling  # (heads, 1, n)
         scores: Tensor = logits.softmax(-1).mean(0)
