@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fewer.adapters import encoder_blocks, vlm_layout
+from fewer.adapters.peft import bare
 from fewer.allocate.levels import levelled
 from fewer.methods import family_of, resolve, resolve_store
 from fewer.methods.any.full import Full
@@ -94,7 +95,7 @@ def compress(
     Args:
         model: a transformers decoder, whose key-value cache is shortened, used inside through `generate` or plain
             calls; an encoder, a vision transformer of timm or transformers or a BERT, whose tokens are; or a
-            vision-language model, whose visual tokens are.
+            vision-language model, whose visual tokens are. PEFT's wrappers of one are as good.
         method: a name from `fewer.METHODS`, or an object with the four members of `fewer.Method`; or a plan that
             `fewer tune` made, "plan.toml", which says all that follows. Of a vision-language
             model also a list of them, one stage after the other, of which the last may be a cache's method; there
@@ -167,7 +168,7 @@ def compress(
             with plan.under(model) as planned:
                 yield planned
             return
-    several = isinstance(method, (list, tuple))
+    several, model = isinstance(method, (list, tuple)), bare(model)
     if vlm_layout.is_vlm(model) and (several or only or not _of_cache(method)):
         refuse("visual tokens", {name: value for name, value in of_encoders.items() if name != "positions"})
         from fewer.adapters import vlm_run

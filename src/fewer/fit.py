@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fewer import files
+from fewer.adapters.peft import bare
 from fewer.inner import inside
 from fewer.types import FewerError
 
@@ -106,6 +107,7 @@ def fingerprint(model: nn.Module, of: Literal["weights", "states", "answers"] = 
         of: how much of the model is in it: its "weights" below the head, which is what a fit is for; what its "states"
             depend on, which is also what its config says of how they are used; or what its "answers" do: the head too.
     """
+    model = bare(model)
     config: Any = getattr(model, "config", None)  # timm's models have none: their weights' names and shapes tell them
     if config is not None:
         config = config.get_text_config(decoder=True)

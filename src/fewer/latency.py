@@ -95,7 +95,8 @@ class Staircase:
         """
         from fewer.adapters.hf_bind import Host  # hosts are imported on use
 
-        config, lengths = Host.of(model).config, tuple(lengths)
+        host, lengths = Host.of(model), tuple(lengths)
+        model, config = host.model, host.config
         _check_lengths(lengths)
         if isinstance(repeats, bool) or repeats < 1:
             raise FewerError(f"Staircase.measure(repeats={repeats!r}): at least 1")

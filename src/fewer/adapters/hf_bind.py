@@ -25,6 +25,7 @@ from fewer import fit
 from fewer.adapters import hf_read
 from fewer.adapters.encoder_blocks import HOSTS
 from fewer.adapters.hf_rotary import HostRotary, find, multimodal
+from fewer.adapters.peft import bare
 from fewer.signals import ROTARY_NEEDS, Projection
 from fewer.types import Method, MissingSignal, UnsupportedModel
 
@@ -74,6 +75,7 @@ class Host:
     @classmethod
     def of(cls, model: Any) -> "Host":
         """Look at a model; `UnsupportedModel` says what is wrong with it and what would work."""
+        model = bare(model)
         name = type(model).__name__
         if not isinstance(model, PreTrainedModel):
             raise UnsupportedModel(

@@ -83,7 +83,7 @@ def session(model: Any, policy: Policy) -> Iterator[Run]:
     if any(part in _in_use for part in host.attentions):
         raise FewerError(f"this {type(model).__name__} is inside fewer.compress already; leave that context first")
     _in_use.update(host.attentions)
-    handle = model.register_forward_pre_hook(run.hook, with_kwargs=True)  # first, so that others see its cache
+    handle = host.model.register_forward_pre_hook(run.hook, with_kwargs=True)  # first, so that others see its cache
     attachment = host.attach(policy.method, policy.cutter is not None)
     try:
         yield run

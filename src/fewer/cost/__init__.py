@@ -63,6 +63,7 @@ def of(
     """
     # methods and hosts build on this file: they are imported on use
     from fewer.adapters import encoder_blocks, vlm_layout
+    from fewer.adapters.peft import bare
     from fewer.cost import caches, encoders, pictures, texts
     from fewer.methods import METHODS, family_of, resolve, resolve_store
     from fewer.prompts.source import PromptMethod
@@ -79,7 +80,7 @@ def of(
         )
     if family not in (None, "prompt"):
         raise FewerError(f"cost.of(family={family!r}): only 'prompt' is to be said, the model tells the others")
-    several = isinstance(method, (list, tuple))
+    several, model = isinstance(method, (list, tuple)), bare(model)
     options = {
         "new_tokens": new_tokens or None, "store": store, "when": when, "every": every, "visual": visual or None,
         "separators": separators or None, "per": per, "counted": counted, "schedule": schedule, "beside": beside,

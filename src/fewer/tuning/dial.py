@@ -18,6 +18,7 @@ from typing import Any
 
 from fewer import fit as fits
 from fewer.adapters import vlm_layout
+from fewer.adapters.peft import bare
 from fewer.tuning import risk
 from fewer.tuning.candidates import candidates, joined
 from fewer.tuning.clock import clock
@@ -92,7 +93,7 @@ def tune(
     Raises:
         FewerError: an argument cannot be, the examples are too few or have no answers, or the record is another run's.
     """
-    start = time.perf_counter()
+    start, model = time.perf_counter(), bare(model)
     counted, examples = resolve_loss(measure), gather(data)
     named = name_of(measure)
     _arguments(methods, fit, max_new_tokens, record)
