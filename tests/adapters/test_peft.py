@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
 import fewer
 from fewer.adapters.peft import bare
 from fewer.fit import fingerprint
+from fewer.tuning.examples import Example
 from fewer.types import UnsupportedModel
 from tests import vlms
 from tests.adapters.common import SNAP
@@ -95,3 +96,16 @@ def test_prompts_that_were_tuned_as_a_cache_are_refused() -> None:
     with fewer.compress(model, SNAP, 20), pytest.raises(UnsupportedModel, match="that fewer did not make"):
         model.generate(input_ids=prompt(60), **GREEDY)
     model.generate(input_ids=prompt(60), **GREEDY)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")  # PEFT's own, without fewer as well
+def test_a_tuned_prompt_is_read_by_the_wrapper_and_missed_where_there_is_none() -> None:
+    """It goes before the text as embeddings: compressed with it, and refused where fewer would run the model alone."""
+    model = get_peft_model(tiny("llama"), PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")).eval()
+    with fewer.compress(model, SNAP, 20) as run:
+        model.generate(input_ids=prompt(60), **GREEDY)
+    assert run.cache is not None and run.cache.get_seq_length() == 4 + 60 + 5
+    examples = [Example("text", "question", ("answer",), line=n) for n in range(400)]
+    with pytest.raises(UnsupportedModel, match=r"tuned prompt .*PromptTuningConfig"):
+        fewer.tune(model, examples)

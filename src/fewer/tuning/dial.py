@@ -92,8 +92,9 @@ def tune(
 
     Raises:
         FewerError: an argument cannot be, the examples are too few or have no answers, or the record is another run's.
+        UnsupportedModel: neither decoder nor vision-language model, or a PEFT wrapper with a tuned prompt.
     """
-    start, model = time.perf_counter(), bare(model)
+    start, model = time.perf_counter(), bare(model, to_run=True)
     counted, examples = resolve_loss(measure), gather(data)
     named = name_of(measure)
     _arguments(methods, fit, max_new_tokens, record)
