@@ -8,8 +8,8 @@ from fewer.errors import UnsupportedModel
 def bare(model: Any, *, to_run: bool = False) -> Any:
     """The model inside a `PeftModel`, with its adapters in place; any other as it is.
 
-    What is done to it holds for the wrapper too, whose forward and `generate` are its own. Where fewer is `to_run` it by
-    itself, a wrapper with a tuned prompt, which nobody else puts before the text, raises `UnsupportedModel`.
+    What is done to it holds for the wrapper too, whose forward and `generate` are its own. Where fewer is `to_run` it
+    by itself, a wrapper with a tuned prompt, which nobody else puts before the text, raises `UnsupportedModel`.
     """
     inner = getattr(model, "get_base_model", None)
     if not callable(inner):
