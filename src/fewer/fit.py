@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fewer import files
-from fewer.adapters.peft import bare
+from fewer.adapters.peft import adding, bare
 from fewer.inner import inside
 from fewer.types import FewerError
 
@@ -99,7 +99,7 @@ def load(path: str | Path, method: str | None = None) -> Fit:
 
 @torch.no_grad()
 def fingerprint(model: nn.Module, of: Literal["weights", "states", "answers"] = "weights") -> str:
-    """A name for a model: sha256 over its sizes and a sample of every weight.
+    """A name for a model: sha256 over its sizes, a sample of every weight, and which adapters are on.
 
     The sample is rounded to bfloat16, so that a model loaded in half precision still is the same.
 
@@ -119,7 +119,7 @@ def fingerprint(model: nn.Module, of: Literal["weights", "states", "answers"] = 
         flat = weight.detach().reshape(-1)
         samples.append(flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE].to(torch.bfloat16))
     drawn = {"weights": torch.cat([sample.cpu() for sample in samples])}
-    return files.digest(drawn, {"sizes": " ".join(sizes), "names": " ".join(names)})
+    return files.digest(drawn, {"sizes": " ".join(sizes), "names": " ".join(names + adding(inner))})
 
 
 def wants(thing: object) -> bool:

@@ -72,6 +72,22 @@ def test_a_wrapper_is_the_model_it_wraps(decoder: Any) -> None:
     assert cost.bytes == without.bytes and cost.flops > without.flops, "adapters compute, too"
 
 
+def test_adapters_that_are_switched_make_another_model(decoder: Any) -> None:
+    """No weight changes when one is switched off, weighs more, or gives way to another."""
+    model = copy.deepcopy(decoder)
+    seen = [fingerprint(model, "states")]
+    with model.disable_adapter():
+        seen.append(fingerprint(model, "states"))
+    assert fingerprint(model, "states") == seen[0]
+    bare(model).model.layers[0].self_attn.q_proj.scaling["default"] *= 2
+    seen.append(fingerprint(model, "states"))
+    model.add_adapter("other", model.peft_config["default"])
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        seen.append(fingerprint(model, "states"))
+    assert len(set(seen)) == len(seen)
+
+
 @torch.no_grad()
 def test_encoders_and_models_with_pictures_too() -> None:
     vit = adapted(encoder("vit"), "q_proj", "query")  # by one name or the other, release by release

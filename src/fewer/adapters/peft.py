@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from torch import nn
+
 from fewer.errors import UnsupportedModel
 
 
@@ -20,3 +22,13 @@ def bare(model: Any, *, to_run: bool = False) -> Any:
             "which would be missing here; pass a model whose adapters are layers, such as LoRA's"
         )
     return inner()
+
+
+def adding(model: nn.Module) -> list[str]:
+    """Which adapters a model's layers add now, and times what, which no weight says: empty where there are none."""
+    return [
+        f"{name}+{adapter}*{getattr(layer, 'scaling', {}).get(adapter, 1)}"
+        for name, layer in model.named_modules()
+        if isinstance(getattr(layer, "active_adapters", None), list) and not layer.disable_adapters
+        for adapter in layer.active_adapters
+    ]
