@@ -61,6 +61,8 @@ def test_caches_are_saved_and_loaded_with_a_wrapper(decoder: Any, tmp_path: Path
             assert torch.equal(model(input_ids=more, past_key_values=loaded).logits, want)
     with pytest.raises(fewer.FewerError, match="another model"):
         fewer.Cache.load(tiny("llama"), tmp_path / "cache")  # keys of the adapters are not its own
+    with decoder.disable_adapter(), pytest.raises(fewer.FewerError, match="weights or adapters"):
+        fewer.Cache.load(decoder, tmp_path / "cache")
 
 
 def test_a_wrapper_is_the_model_it_wraps(decoder: Any) -> None:

@@ -172,8 +172,8 @@ def load(cache_class: Any, model: Any, path: str | Path) -> Any:
     host, data = Host.of(model), json.loads(head["cache"])
     if head["model"] != fingerprint(model, "states"):
         raise FewerError(
-            f"{path} was saved from another model, from other weights, or from other settings of the same ones (of its "
-            f"rotary embedding, say), than this {type(model).__name__}"
+            f"{path} was saved from another model, other weights or adapters, or other settings of the same ones (of "
+            f"its rotary embedding, say), than this {type(model).__name__}"
         )
     device = host.model.device
     unpack = _Unpack({name: tensor.to(device) for name, tensor in tensors.items()}, host.rotary)
