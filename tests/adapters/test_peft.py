@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
 import fewer
 from fewer.adapters.peft import bare
@@ -30,23 +30,37 @@ def adapted(model: Any, *targets: str) -> Any:
     return get_peft_model(copy.deepcopy(model), config).eval()
 
 
+def rescaled() -> Any:
+    """The decoder with (IA)3's factors, far from 1, on keys, values and what feeds the last linear layer."""
+    config = IA3Config(
+        target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False
+    )
+    torch.manual_seed(1)
+    return get_peft_model(copy.deepcopy(tiny("llama")), config).eval()
+
+
 @pytest.fixture(scope="module")
 def decoder() -> Any:
     return adapted(tiny("llama"), "q_proj", "v_proj")
 
 
 @torch.no_grad()
-def test_a_wrapper_says_what_the_merged_model_does(decoder: Any) -> None:
-    merged, ids = copy.deepcopy(decoder).merge_and_unload(), prompt(60)
+@pytest.mark.parametrize("kind", ["lora", "ia3"])
+def test_a_wrapper_says_what_the_merged_model_does(kind: str, decoder: Any) -> None:
+    model = decoder if kind == "lora" else rescaled()
+    merged, ids = copy.deepcopy(model).merge_and_unload(), prompt(60)
     assert not torch.equal(merged(ids).logits, tiny("llama")(ids).logits), "the adapters do something"
-    plain = decoder.generate(input_ids=ids, **GREEDY)
+    plain = model.generate(input_ids=ids, **GREEDY)
     with fewer.compress(merged, SNAP, 20) as run:
         want, held = merged.generate(ids, **GREEDY), run.report
-    with fewer.compress(decoder, SNAP, 20) as run:
-        assert torch.equal(decoder.generate(input_ids=ids, **GREEDY), want)
+    with fewer.compress(model, SNAP, 20) as run:
+        assert torch.equal(model.generate(input_ids=ids, **GREEDY), want)
         assert [layer.kept for layer in run.report.layers] == [layer.kept for layer in held.layers]
         assert run.report.bytes_kept == held.bytes_kept < held.bytes_full
-    assert torch.equal(decoder.generate(input_ids=ids, **GREEDY), plain), "as it was before"
+    assert torch.equal(model.generate(input_ids=ids, **GREEDY), plain), "as it was before"
+    with model.disable_adapter():
+        off = fingerprint(model, "states")
+    assert fingerprint(model, "states") != off
 
 
 @torch.no_grad()
