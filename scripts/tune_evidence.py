@@ -26,12 +26,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fewer import models, reference_vlm
 from fewer.tuning.dial import tune
 from fewer.tuning.examples import Example
-from fewer.tuning.hosts import Pictures, Texts
 from fewer.tuning.journal import Journal
 from fewer.tuning.losses import wrong
+from fewer.tuning.pictures import Pictures
 from fewer.tuning.result import Tuned
 from fewer.tuning.search import Bench
 from fewer.tuning.setting import Held, Setting
+from fewer.tuning.texts import Texts
 from fewer_eval import environment, looking, report
 from fewer_eval.asked import SETTINGS
 from fewer_eval.looking.remembered import Remembered

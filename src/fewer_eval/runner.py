@@ -28,7 +28,7 @@ from fewer.inner import published
 from fewer.latency import finish
 from fewer.methods.any.full import Full
 from fewer.tuning.asking import Asker
-from fewer.tuning.hosts import watching
+from fewer.tuning.texts import watching
 from fewer.types import Budget, BudgetError, Keep, Method
 from fewer_eval.case import Case, Tally
 from fewer_eval.lines import YARDSTICKS

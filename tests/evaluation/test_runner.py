@@ -13,7 +13,7 @@ from fewer.fit import wants
 from fewer.methods import METHODS, of_family
 from fewer.methods.kv.kivi import KIVI
 from fewer.tuning.asking import until
-from fewer.tuning.hosts import watching
+from fewer.tuning.texts import watching
 from fewer_eval.case import Case
 from fewer_eval.runner import _common, compare
 from fewer_eval.tasks import Example, Task

@@ -8,10 +8,10 @@ import pytest
 
 from fewer.fit import fingerprint
 from fewer.models import load
-from fewer.tuning.hosts import Texts
 from fewer.tuning.losses import LOSSES
 from fewer.tuning.planfile import Promise, TunedPlan, versions
 from fewer.tuning.setting import Held, Setting, Text
+from fewer.tuning.texts import Texts
 from tests.front.test_cli import run
 from tests.front.tiny_files import save
 from tests.tuning.talking import examples, half

@@ -8,8 +8,9 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from fewer.tuning.examples import Example
-from fewer.tuning.hosts import Answer, Texts
+from fewer.tuning.hosts import Answer
 from fewer.tuning.setting import Held, Setting
+from fewer.tuning.texts import Texts
 from tests.front.tiny_files import save
 from tests.tiny import tiny
 

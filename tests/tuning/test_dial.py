@@ -14,10 +14,11 @@ import fewer
 from fewer.tuning import dial, losses, risk
 from fewer.tuning.dial import tune
 from fewer.tuning.examples import Example
-from fewer.tuning.hosts import Answer, Texts
+from fewer.tuning.hosts import Answer
 from fewer.tuning.planfile import Promise, TunedPlan
 from fewer.tuning.result import Tuned
 from fewer.tuning.setting import Setting
+from fewer.tuning.texts import Texts
 from fewer.types import FewerError, UnknownName
 from tests.tuning.talking import examples, half, talker
 from tests.unit.test_types import unchecked

@@ -11,7 +11,7 @@ from fewer import reference_vlm
 from fewer.models import ModelUnavailable
 from fewer.tuning.dial import tune
 from fewer.tuning.examples import Example
-from fewer.tuning.hosts import Pictures
+from fewer.tuning.pictures import Pictures
 from fewer.tuning.planfile import TunedPlan
 from fewer.tuning.setting import Held, Setting
 from fewer.types import FewerError

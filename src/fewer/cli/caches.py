@@ -195,7 +195,7 @@ def _by_plan(
 ) -> None:
     """Answer as the plan was measured: a context and a question, greedily, and what is compressed in its order."""
     from fewer.models import load
-    from fewer.tuning.hosts import Texts
+    from fewer.tuning.texts import Texts
 
     plan = TunedPlan.load(path)
     if question is None or not question.strip():

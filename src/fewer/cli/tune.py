@@ -114,7 +114,7 @@ def _loaded(name: str, examples: Any, most: int) -> tuple[Any, Any, Any]:
         return model, tokenizer, None
     if name == "default":
         from fewer import reference_vlm, vision
-        from fewer.tuning.hosts import Pictures
+        from fewer.tuning.pictures import Pictures
 
         pictured, processor = reference_vlm.load(say=err.print)
         err.print("reference model trained for this, not a general one: it knows the questions of docs/vlm.md only")

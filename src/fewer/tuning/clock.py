@@ -8,8 +8,9 @@ from typing import Any
 from fewer import cost
 from fewer.latency import Staircase
 from fewer.tuning.examples import Example
-from fewer.tuning.hosts import Answer, Texts
+from fewer.tuning.hosts import Answer
 from fewer.tuning.setting import Setting
+from fewer.tuning.texts import Texts
 
 Seconds = Callable[[Setting, Answer, Answer], float]
 """Of a setting, the full model's answer, which says how many tokens are to be said, and the setting's own."""

@@ -23,14 +23,16 @@ from fewer.tuning import risk
 from fewer.tuning.candidates import candidates, joined
 from fewer.tuning.clock import clock
 from fewer.tuning.examples import Example, by_context, gather, parts
-from fewer.tuning.hosts import Host, Pictures, Texts
+from fewer.tuning.hosts import Host
 from fewer.tuning.journal import Journal
 from fewer.tuning.losses import Loss, lost, name_of, resolve_loss
+from fewer.tuning.pictures import Pictures
 from fewer.tuning.planfile import again, versions
 from fewer.tuning.profile import search
 from fewer.tuning.result import Measured, Tuned, Worst
 from fewer.tuning.search import Bench, Tick, best, ladder, plausible, promise, race
 from fewer.tuning.setting import Setting
+from fewer.tuning.texts import Texts
 from fewer.types import FewerError
 
 SCALES = (1.0, 0.75, 0.5)

@@ -14,9 +14,10 @@ from torch import Tensor
 from fewer.adapters.hf_cache import Cache
 from fewer.allocate.evolve import Found, evolve
 from fewer.tuning.examples import Example
-from fewer.tuning.hosts import Texts, shares_of, watching
+from fewer.tuning.hosts import shares_of
 from fewer.tuning.journal import Journal
 from fewer.tuning.setting import Held
+from fewer.tuning.texts import Texts, watching
 
 START = 3
 """The level that stands for the even share: levels are quarters of it, from one quarter to twice."""

@@ -12,10 +12,10 @@ from fewer.fit import wants
 from fewer.methods import of_family
 from fewer.tuning.candidates import candidates, joined
 from fewer.tuning.examples import Example
-from fewer.tuning.hosts import Texts
 from fewer.tuning.journal import Journal
 from fewer.tuning.profile import Divergence, search
 from fewer.tuning.setting import Held, Setting, Text
+from fewer.tuning.texts import Texts
 from fewer.types import FewerError, UnknownName
 from tests.tuning.talking import examples, talker
 
