@@ -95,11 +95,11 @@ class Staircase:
         """
         from fewer.adapters.hf_bind import Host  # hosts are imported on use
 
+        _check_lengths(lengths)
         host, lengths = Host.of(model), tuple(lengths)
         model, config = host.model, host.config
-        _check_lengths(lengths)
-        if isinstance(repeats, bool) or repeats < 1:
-            raise FewerError(f"Staircase.measure(repeats={repeats!r}): at least 1")
+        if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
+            raise FewerError(f"Staircase.measure(repeats={repeats!r}): a whole number, at least 1")
         if model.training:
             raise FewerError("Staircase.measure: the model is training; call model.eval() first")
         most = getattr(config, "max_position_embeddings", None)
@@ -280,9 +280,10 @@ def finish(device: torch.device) -> None:
 
 
 def _check_lengths(lengths: Sequence[int]) -> None:
-    whole = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in lengths)
-    if not lengths or not whole or list(lengths) != sorted(set(lengths)):
-        raise FewerError(f"lengths={tuple(lengths)!r}: numbers of tokens, at least one, each larger than the last")
+    listed = list(lengths) if isinstance(lengths, Sequence) else []
+    whole = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in listed)
+    if not listed or not whole or listed != sorted(set(listed)):
+        raise FewerError(f"lengths={lengths!r}: numbers of tokens, at least one, each larger than the last")
 
 
 def _inverse(flops: Callable[[int], int], asked: float) -> int:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from fewer.allocate import evolve as module
 from fewer.allocate.evolve import Fitness, Vector, even, evolve, exhaustive, greedy
 from fewer.types import BudgetError, FewerError
+from tests.unit.test_types import unchecked
 
 quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
@@ -243,16 +244,16 @@ def test_even() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"start": [3, 0]}, "level 3 at place 0 is outside 0 to 2"),
+        ({"start": [3, 0]}, "level 3 at place 0 is no whole number from 0 to 2"),
         ({"start": [-1, 3]}, "level -1 at place 0"),
         ({"start": []}, "each of the 0 places"),
         ({"most": [2]}, "each of the 2 places"),
         ({"most": -1}, "from 0 on"),
         ({"weights": [1]}, "each of the 2 places"),
         ({"weights": [1, 0]}, "whole number from 1 on"),
-        ({"generations": -1}, "generations=-1 is too few"),
-        ({"offspring": 0}, "offspring=0 is too few"),
-        ({"switches": 0}, "switches=0 is too few"),
+        ({"generations": -1}, "generations=-1: give a whole number, 0 or more"),
+        ({"offspring": 0}, "offspring=0: give a whole number, 1 or more"),
+        ({"switches": 0}, "switches=0: give a whole number, 1 or more"),
         ({"survivors": []}, "survivors"),
         ({"survivors": [2]}, "survivors"),
         ({"survivors": [1, 2, 1]}, "survivors"),
@@ -270,6 +271,27 @@ def test_bad_input(change: dict[str, object], said: str) -> None:
     }
     with pytest.raises(FewerError, match=said):
         evolve(**{**good, **change})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"start": 5}, "start=5: give a list"),
+        ({"start": [0.5, 1]}, "level 0.5 at place 0 is no whole number"),
+        ({"most": 3.5}, "most=3.5: give the highest level"),
+        ({"most": [2, 1.5]}, r"most=\[2, 1.5\]"),
+        ({"weights": [1, 0.5]}, "whole number from 1 on"),
+        ({"generations": 2.5}, "generations=2.5: give a whole number"),
+        ({"offspring": "4"}, "offspring='4': give a whole number"),
+        ({"survivors": 1}, "survivors=1"),
+        ({"survivors": [1.0]}, r"survivors=\[1.0\]"),
+    ],
+)
+def test_what_is_no_whole_number(change: dict[str, object], said: str) -> None:
+    fresh = unchecked(module)
+    good = {"start": [1, 1], "most": 2, "generations": 1, "offspring": 2, "survivors": [1]}
+    with pytest.raises(FewerError, match=said):
+        fresh.evolve(**{**good, **change}, fitness=lambda v, stage: 0.0)
 
 
 def test_what_must_not_be_chosen_is_worth_inf() -> None:

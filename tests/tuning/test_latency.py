@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from fewer import cost
+from fewer import cost, latency
 from fewer.cost import Decoder
 from fewer.latency import Staircase
 from fewer.types import FewerError, FewerWarning, UnsupportedModel
 from tests import vlms
 from tests.tiny import tiny
+from tests.unit.test_types import unchecked
 
 SIZES = Decoder(layers=2, heads=2, kv_heads=1, head_dim=4, parameters=1000, itemsize=4)
 TABLE = Staircase((10, 20, 40, 80), (1.0, 1.0, 3.0, 7.0), (0.1, 0.3, 0.2, 0.5), SIZES)
@@ -173,6 +174,12 @@ def test_files_that_cannot_be(tmp_path: Path) -> None:
 def test_lengths_that_cannot_be(lengths: Any) -> None:
     with pytest.raises(FewerError, match="lengths="):
         Staircase.measure(tiny("llama"), lengths)
+
+
+@pytest.mark.parametrize("change", [{"lengths": 5}, {"lengths": {8: 9}}, {"repeats": 1.5}])
+def test_what_is_no_whole_number(change: dict[str, Any]) -> None:
+    with pytest.raises(FewerError, match=f"{next(iter(change))}="):
+        unchecked(latency).Staircase.measure(tiny("llama"), **{"lengths": (8,), **change})
 
 
 def test_other_bad_input() -> None:

@@ -25,6 +25,8 @@ from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
+from numbers import Integral
+from typing import Any, TypeGuard
 
 from fewer.types import Budget, BudgetError, FewerError
 
@@ -65,7 +67,7 @@ def even(total: int, places: int, most: int | Sequence[int]) -> Vector:
     ((2, 2, 2, 1), (1, 3, 3))
     """
     tops = _tops(most, places)
-    if not 0 <= total <= sum(tops):
+    if not _whole(total) or not 0 <= total <= sum(tops):
         raise BudgetError(f"even: {total} levels cannot be shared among {places} places that hold 0 to {sum(tops)}")
     return tuple(Budget.split(total, [1.0] * places, tops))
 
@@ -103,11 +105,13 @@ def evolve(
     """
     space = _Space.of(start, most, weights)
     for name, value in (("generations", generations), ("offspring", offspring), ("switches", switches)):
-        if value < (0 if name == "generations" else 1):
-            raise FewerError(f"evolve: {name}={value!r} is too few")
-    if not survivors or survivors[-1] != 1 or sorted(survivors, reverse=True) != list(survivors):
+        least = 0 if name == "generations" else 1
+        if not _whole(value) or value < least:
+            raise FewerError(f"evolve: {name}={value!r}: give a whole number, {least} or more")
+    stages = _listed(survivors)
+    if not stages or stages[-1] != 1 or sorted(stages, reverse=True) != stages:
         raise FewerError(f"evolve: survivors={survivors!r}: give one number a stage, none above the one before, 1 last")
-    judge, chance, last = _Judge(fitness, known), random.Random(seed), len(survivors) - 1
+    judge, chance, last = _Judge(fitness, known), random.Random(seed), len(stages) - 1
     parent = tuple(start)
     history = [judge(parent, last)]
     if not any(space.neighbours(parent)):
@@ -125,7 +129,7 @@ def evolve(
                 break
         left = [*born, *again][:offspring]
         tried.update(left)
-        for stage, many in enumerate(survivors):
+        for stage, many in enumerate(stages):
             if stage == last:
                 left = [*left, parent]  # after the others: of equals the new one is taken
             left = sorted(left, key=lambda levels, stage=stage: judge(levels, stage))[:many]  # type: ignore[misc]
@@ -211,12 +215,14 @@ class _Space:
 
     @classmethod
     def of(cls, start: Sequence[int], most: int | Sequence[int], weights: Sequence[int] | None) -> "_Space":
-        tops, heavy = _tops(most, len(start)), tuple(weights or [1] * len(start))
+        if not isinstance(start, Sequence):
+            raise BudgetError(f"start={start!r}: give a list, one level for each place")
+        tops, heavy = _tops(most, len(start)), tuple([1] * len(start) if weights is None else _listed(weights))
         if len(heavy) != len(start) or any(weight < 1 for weight in heavy):
-            raise BudgetError(f"weights={heavy!r}: give one whole number from 1 on for each of the {len(start)} places")
+            raise BudgetError(f"weights={weights!r}: one whole number from 1 on for each of the {len(start)} places")
         for place, (level, top) in enumerate(zip(start, tops, strict=True)):
-            if not 0 <= level <= top:
-                raise BudgetError(f"start: level {level!r} at place {place} is outside 0 to {top}")
+            if not _whole(level) or not 0 <= level <= top:
+                raise BudgetError(f"start: level {level!r} at place {place} is no whole number from 0 to {top}")
         shared = math.gcd(*heavy)
         return cls(tuple(tops), tuple(weight // shared for weight in heavy))
 
@@ -294,7 +300,16 @@ class _Space:
 
 
 def _tops(most: int | Sequence[int], places: int) -> list[int]:
-    tops = [most] * places if isinstance(most, int) else list(most)
+    tops = [most] * places if _whole(most) else _listed(most)
     if not places or len(tops) != places or any(top < 0 for top in tops):
         raise BudgetError(f"most={most!r}: give the highest level, from 0 on, or one for each of the {places} places")
     return tops
+
+
+def _whole(value: Any) -> TypeGuard[int]:
+    return isinstance(value, Integral)
+
+
+def _listed(values: Any) -> list[int]:
+    """Whole numbers as a list; none where they are anything else."""
+    return list(values) if isinstance(values, Sequence) and all(map(_whole, values)) else []
