@@ -173,9 +173,10 @@ def text_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def write(rows: list[Row], units: list[str], fit_files: list[Path]) -> None:
+def write(rows: list[Row], units: list[str], fit_files: list[Path], hardware: dict[str, str]) -> None:
+    """`hardware`: what the times were taken on."""
     record = {
-        "date": date.today().isoformat(), "model": "SmolLM2-135M-Instruct, float32", "hardware": environment.hardware(),
+        "date": date.today().isoformat(), "model": "SmolLM2-135M-Instruct, float32", "hardware": hardware,
         "versions": environment.versions(), "fits": [path.name for path in fit_files], "units": units,
         "rows": [row.to_dict() for row in rows],
     }  # fmt: skip
@@ -213,8 +214,9 @@ def main() -> int:
                 seed=unit.seed, model_name="default", timed=unit.seed == 0,
             )  # fmt: skip
             rows = merged([*state["rows"], *(row.to_dict() for row in found.rows)])
-            state = {"units": [*state["units"], unit.name], "rows": [row.to_dict() for row in rows]}
-            write(rows, state["units"], options.fit)
+            hardware = environment.hardware() if unit.seed == 0 else state["hardware"]  # others are not timed
+            state = {"hardware": hardware, "units": [*state["units"], unit.name], "rows": [r.to_dict() for r in rows]}
+            write(rows, state["units"], options.fit, hardware)
             progress.advance(bar)
     print(
         f"{len(state['units'])} of {len(units)} units done; {len(state['rows'])} cells in {RESULTS.relative_to(ROOT)}"
