@@ -2,10 +2,11 @@
 
 import importlib.util
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,6 +84,45 @@ def test_the_units_that_are_done_are_those_of_the_plan_and_their_samples_are_cou
         units = [unit for unit in done if (unit.task, unit.tokens) == (row["task"], row["tokens"])]
         n = sum(unit.samples for unit in units) // (3 if row["task"] == "text" else 1)  # see `plan`
         assert row["n"] == n, (row["task"], row["tokens"], row["method"])
+
+
+def test_evidence_that_was_interrupted_goes_on_and_keeps_the_machine_of_its_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = script("evidence")
+    (tmp_path / "docs").mkdir()
+    (page := tmp_path / "docs" / "kv.md").write_text("before\n<!-- evidence -->\n<!-- /evidence -->\nafter\n")
+    row = own.Row(
+        method="full", task="needle-single", question="unseen", keep_asked=1.0, keep_got=1.0, bytes_full=8.0,
+        bytes_kept=8.0, quality=1.0, loyalty=1.0, n=1, prefill_s=2.0, compress_s=0.5, decode_ms=1.0, seed=0,
+        tokens=2000, model="default",
+    )  # fmt: skip
+    found = {0: row, 1: replace(row, quality=0.5, n=3, prefill_s=9.0, seed=1)}
+    asked: list[int] = []
+
+    def compare(*args: Any, seed: int, timed: bool, **settings: Any) -> SimpleNamespace:
+        asked.append(seed)
+        assert timed is (seed == 0)
+        if asked == [0, 1]:
+            raise KeyboardInterrupt
+        return SimpleNamespace(rows=[found[seed]])
+
+    monkeypatch.setattr(own, "ROOT", tmp_path)
+    monkeypatch.setattr(own, "RESULTS", tmp_path / "results" / "kv.json")
+    monkeypatch.setattr(own, "plan", lambda: [own.Unit("needle-single", 2000, 2 * seed + 1, seed) for seed in (0, 1)])
+    monkeypatch.setattr(own, "compare", compare)
+    monkeypatch.setattr(own.models, "load", lambda name, say: (None, None))
+    monkeypatch.setattr(own.environment, "hardware", lambda: {"cpu": f"the one of call {len(asked)}"})
+    monkeypatch.setattr(sys, "argv", ["evidence.py"])
+    with pytest.raises(KeyboardInterrupt):
+        own.main()
+    assert held(own.RESULTS)["units"] == ["needle-single 2000 1 0"]
+    own.main()
+    record = held(own.RESULTS)
+    assert asked == [0, 1, 1] and record["units"] == ["needle-single 2000 1 0", "needle-single 2000 3 1"]
+    assert record["hardware"] == {"cpu": "the one of call 1"}
+    assert record["rows"] == [replace(row, n=4, quality=(1 + 3 * 0.5) / 4).to_dict()]
+    assert "n = 4" in part_of(page.read_text(), "evidence") and page.read_text().endswith("after\n")
 
 
 def test_as_many_found_as_by_random_tokens_is_not_worse_by_the_last_digit() -> None:
